@@ -136,8 +136,7 @@ def check_new_file(path: Path) -> None:
 
 def _check_parent(path: Path) -> None:
     """Create and remove a directory next to ``path``: permissions, name length and free inodes matter."""
-    parent = path.resolve().parent
-    if not parent.is_dir():
+    if not (parent := path.resolve().parent).is_dir():
         raise OutputError(f"the folder '{parent}' that should hold '{path.name}' does not exist; create it first")
     # A temporary name, which is longer than the final one.
     trial = parent / f".{path.name}.{os.getpid()}.partial"
@@ -169,9 +168,6 @@ def write_failure(error: BaseException) -> str | None:
 
 def check_space(path: Path, size: float, what: str) -> None:
     """Raise `OutputError` where the file system of the new ``path`` has less than ``size`` bytes free for ``what``."""
-    free = shutil.disk_usage(path.resolve().parent).free
-    if size > free:
-        raise OutputError(
-            f"'{path}' needs about {bytes_text(size)} of disk for {what}, and {bytes_text(free)} are free there; free "
-            "some, or choose another place"
-        )
+    if size > (free := shutil.disk_usage(path.resolve().parent).free):
+        needs = f"'{path}' needs about {bytes_text(size)} of disk for {what}, and {bytes_text(free)} are free there"
+        raise OutputError(f"{needs}; free some, or choose another place")

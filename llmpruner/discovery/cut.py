@@ -26,9 +26,8 @@ _VERDICTS: dict[tuple[object, str], Verdict] = {}
 
 
 def cut(model: PreTrainedModel, graph: CouplingGraph, kept: Kept, family: ModelFamily) -> CouplingGraph:
-    """`cut_tensors`, and update the attributes that must follow, in place; returns the coupling graph of the cut model.
-    Where ``family`` does not refresh them, they are found on a small model, once in a process for each architecture and
-    kind. Raises `UnsupportedModelError` when a kind of unit cannot be cut exactly, `PlanError` for invalid ``kept``."""
+    """`cut_tensors`, and update the attributes that must follow, in place; returns the graph of the cut model. Raises
+    `UnsupportedModelError` for kinds of units that cannot be cut exactly, `PlanError` for invalid ``kept``."""
     remaining = cut_tensors(model, graph, kept)
     if family.refresh(model) is NotImplemented:
         kinds = {graph.by_name[name].kind for name in kept} - {LAYER}
@@ -51,10 +50,8 @@ def rules_of(config: PreTrainedConfig, kinds: Iterable[str], family: ModelFamily
         _VERDICTS.update({(architecture, v.kind): v for v in verify(family, config, kinds=missing)})
     rules: list[Rule] = []
     for kind in kinds:
-        verdict = _VERDICTS[architecture, kind]
+        verdict, what = _VERDICTS[architecture, kind], f"cutting {kind} units of a {config.model_type} model"
         if verdict.verdict != VERIFIED:
-            raise UnsupportedModelError(
-                f"cutting {kind} units of a {config.model_type} model is {verdict.verdict}: {verdict.reason}"
-            )
+            raise UnsupportedModelError(f"{what} is {verdict.verdict}: {verdict.reason}")
         rules += verdict.follows
     return tuple(rules)

@@ -22,11 +22,6 @@ if TYPE_CHECKING:
 
 MAX_TRIALS = 162
 
-_AUTOMATIC = frozenset(
-    ("in_features", "out_features", "num_embeddings", "embedding_dim", "nx", "nf", "layer_idx", "padding_idx")
-)
-"""Attributes that `surgery.cut_tensors` sets."""
-
 
 @dataclass(frozen=True, order=True)
 class Follow:
@@ -68,8 +63,7 @@ def apply_rules(rules: Sequence[Rule], model: PreTrainedModel, graph: CouplingGr
             if rule.kind != group.kind or (isinstance(rule, Follow) and rule.axes not in ((), axes)):
                 continue
             for layer in layers if "*" in rule.path else [0]:
-                module = modules.get(rule.path.replace("*", str(layer)))
-                if module is None:  # a layer of another type
+                if (module := modules.get(rule.path.replace("*", str(layer)))) is None:  # a layer of another type
                     continue
                 places = (rule.path, rule.path.rpartition(".")[0] if _has_no_parameters(module) else rule.path)
                 if near.isdisjoint(places):
@@ -84,8 +78,7 @@ def _scale(model: nn.Module, module: nn.Module, attribute: str, kept: int, group
     owner: Any = module
     if attribute.startswith("config."):
         owner, attribute = vars(module).get("config"), attribute.partition(".")[2]
-    value = getattr(owner, attribute, None)
-    if type(value) is not int or not _counts(value, group):
+    if type(value := getattr(owner, attribute, None)) is not int or not _counts(value, group):
         return  # it counts units of another group of this kind
     if owner is not module and module is not model and not vars(module).get("_config_is_own"):
         owner = module.config = copy.deepcopy(owner)
@@ -103,33 +96,28 @@ def _counts(value: int, group: CoupledGroup) -> bool:
 
 def candidates(model: PreTrainedModel, graph: CouplingGraph, groups: Iterable[CoupledGroup]) -> list[Follow]:
     """Attributes of modules near the parameters of ``groups`` that may count their units."""
-    near = [(group, dict(_nearby(model, graph, group))) for group in groups]
-    sharing = Counter((group.kind, group.layer, path) for group, modules in near for path in modules)
+    near = [(group, path, module) for group in groups for path, module in _nearby(model, graph, group)]
+    sharing = Counter((group.kind, group.layer, path) for group, path, _ in near)
     rules: set[Follow] = set()
-    for group, modules in near:
-        for path, module in modules.items():
-            axes = _axes(graph, group) if sharing[group.kind, group.layer, path] > 1 else ()
-            for name, value in _integers(module):
-                if _counts(value, group):
-                    rules.add(Follow(group.kind, in_layer(path, graph.layers, "*"), name, axes))
+    for group, path, module in near:
+        axes = _axes(graph, group) if sharing[group.kind, group.layer, path] > 1 else ()
+        names = [name for name, value in _integers(module) if _counts(value, group)]
+        rules.update(Follow(group.kind, in_layer(path, graph.layers, "*"), name, axes) for name in names)
     return sorted(rules)
 
 
 def tables(
     model: PreTrainedModel, graph: CouplingGraph, group: CoupledGroup, batches: Sequence[torch.Tensor]
 ) -> list[FollowTable]:
-    """Tensors with an axis for the units that modules near the parameters of ``group`` are passed by name. They are
-    equal for all ``batches`` of token ids, so that they are no activations."""
+    """Tensors with an axis for the units, equal for all ``batches``, that modules near ``group`` get by name."""
     calls: dict[str, list[dict[str, torch.Tensor]]] = {}
 
     def keep(path: str, _module: nn.Module, _args: Any, kwargs: dict[str, Any]) -> None:
         tensors = {name: value for name, value in kwargs.items() if isinstance(value, torch.Tensor)}
         calls.setdefault(path, []).append(tensors)
 
-    handles = [
-        module.register_forward_pre_hook(partial(keep, path), with_kwargs=True)
-        for path, module in _nearby(model, graph, group)
-    ]
+    near = _nearby(model, graph, group)
+    handles = [module.register_forward_pre_hook(partial(keep, path), with_kwargs=True) for path, module in near]
     with torch.no_grad():
         for tokens in batches:
             model(input_ids=tokens, use_cache=False)
@@ -180,21 +168,19 @@ def _has_no_parameters(module: nn.Module) -> bool:
 
 def _integers(module: nn.Module) -> Iterator[tuple[str, int]]:
     """The attributes of a module, and the values of its configuration, that may be numbers of units."""
-    for name, value in vars(module).items():
-        if type(value) is int and value > 0 and name not in _AUTOMATIC and not name.startswith("_"):
-            yield name, value
-    config = vars(module).get("config")
-    for name, value in (vars(config) if config is not None else {}).items():
-        if type(value) is int and value > 0 and not name.startswith("_"):
-            yield f"config.{name}", value
+    config = getattr(vars(module).get("config"), "__dict__", {})
+    # `surgery.cut_tensors` sets these.
+    known = ("in_features", "out_features", "num_embeddings", "embedding_dim", "nx", "nf", "layer_idx", "padding_idx")
+    values = {name: value for name, value in vars(module).items() if name not in known and name[0] != "_"}
+    values |= {f"config.{name}": value for name, value in config.items() if name[0] != "_"}
+    yield from ((name, value) for name, value in values.items() if type(value) is int and value > 0)
 
 
 def find(rules: Sequence[Follow], agrees: Callable[..., bool]) -> tuple[Follow, ...] | None:
     """The fewest of ``rules`` with which a cut model ``agrees`` with its reference; None when it never does."""
     chosen = next((subset for subset in islice(_subsets(rules), MAX_TRIALS) if agrees(*subset)), None)
     for rule in reversed(chosen or ()):
-        fewer = tuple(r for r in chosen or () if r != rule)
-        if agrees(*fewer):
+        if agrees(*(fewer := tuple(r for r in chosen or () if r != rule))):
             chosen = fewer
     return chosen
 

@@ -1,5 +1,4 @@
-"""From tied identities to units, and from units of traced layers to the coupled groups of all layers. Tied identities
-are one component; components that own equally many indices of the same axes are the units of one set."""
+"""From components of tied identities to sets of alike units, and from traced layers to groups of all layers."""
 
 from __future__ import annotations
 
@@ -45,8 +44,6 @@ if TYPE_CHECKING:
 _CROSS_LAYER = "cross-layer"
 """Channels of several layers that are not the residual stream; they become no group."""
 
-_ORDER = (ATTENTION, MLP, QUERY, EXPERT, LATENT)
-
 Slot = tuple[str, int]
 """A parameter and one of its axes."""
 
@@ -90,11 +87,9 @@ def discover_graph(config: PreTrainedConfig) -> CouplingGraph:
     groups = list(_groups([each for each in sets if each.kind != _CROSS_LAYER], traced, whole.ties))
     table = _table_of_layers(model, traced.layers)
     stay = f"'{table}' has a part for every layer, which does not follow" if table else traced.stay
-    blocked: list[Blocked] = []
-    if stay:
-        blocked.append(Blocked(traced.layers, 0, stay))
-    else:
+    if not stay:
         groups.append(CoupledGroup("layers", LAYER, whole.num_layers))
+    blocked = [Blocked(traced.layers, 0, stay)] if stay else []
     for (parameter, axis), reason in reasons.items():
         blocked += [Blocked(name, axis, reason) for name in _everywhere(parameter, traced)]
     return replace(whole, groups=tuple(groups), blocked=tuple(blocked))
@@ -108,18 +103,14 @@ def _unit_sets_of(traced: Trace) -> tuple[list[UnitSet], dict[Slot, str]]:
         run.run(traced.program, ties)
     sets, reasons = unit_sets(rigid, traced.layers)
     for each in unit_sets(elastic, traced.layers)[0]:
-        if each.blocks > 1 and each.units > each.blocks and each.layer is not None:
-            if Mark.ROUTED in each.marks:
-                sets.append(each)
-            elif Mark.ATTENDS in each.marks:
-                sets.append(replace(each, kind=QUERY))
+        if each.units > each.blocks > 1 and each.layer is not None and each.marks & {Mark.ROUTED, Mark.ATTENDS}:
+            sets.append(each if Mark.ROUTED in each.marks else replace(each, kind=QUERY))
     offered = {(s.parameter, s.axis) for each in sets for s in each.spans}
     return _latent(sets, traced.layers), {slot: why for slot, why in reasons.items() if slot not in offered}
 
 
 def unit_sets(run: Propagation, layers: str) -> tuple[list[UnitSet], dict[Slot, str]]:
-    """The sets of several units that a weight consumes or a router chooses, or of tokens: others can't be silenced, so
-    not checked. And axis → reason, for axes without removable units. ``layers``: path of the decoder layers."""
+    """The sets of units that can be silenced, and so checked; and axis → reason, for axes without removable units."""
     parts = components(run)
     closed = parts.marked[Mark.BLOCKED] | (parts.marked[Mark.SOFTMAX] & ~parts.marked[Mark.ROUTED])
     reasons = {}
@@ -137,9 +128,8 @@ def unit_sets(run: Propagation, layers: str) -> tuple[list[UnitSet], dict[Slot, 
     roots, owner, index = roots[order], owner[order], index[order]
     offsets = {int(i): offset for ids, offset in run.offsets for i in ids[ids >= 0].tolist()}
     sets = []
-    for (blocks, pattern), members in _by_pattern(roots, owner, parts).items():
-        if len(members) == 1:
-            continue
+    by_pattern = _by_pattern(roots, owner, parts).items()
+    for (blocks, pattern), members in ((key, members) for key, members in by_pattern if len(members) > 1):
         matrix = np.stack([index[a:b] for a, b in members])
         matrix = matrix[np.argsort(matrix[:, 0], kind="stable")]
         spans: list[Span] = []
@@ -147,8 +137,8 @@ def unit_sets(run: Propagation, layers: str) -> tuple[list[UnitSet], dict[Slot, 
         for number, width in pattern:
             name, axis = slots[number]
             first = int(run.parameters[name, axis][matrix[0, column]])
-            role = Role.CONSUMES if run.marked[Mark.CONSUMED][first] else Role.PRODUCES
-            role = Role.NORM if run.marked[Mark.RMS][first] else role
+            is_norm, is_consumed = (run.marked[mark][first] for mark in (Mark.RMS, Mark.CONSUMED))
+            role = Role.NORM if is_norm else Role.CONSUMES if is_consumed else Role.PRODUCES
             rows = matrix[:, column : column + width]
             column += width
             # One span for every run of columns in which the indices of all units are consecutive.
@@ -160,9 +150,8 @@ def unit_sets(run: Propagation, layers: str) -> tuple[list[UnitSet], dict[Slot, 
         weights = tuple(s for s in spans if s.parameter not in run.buffers)
         buffers = tuple(s for s in spans if s.parameter in run.buffers)
         if weights and (marks & {Mark.ROUTED, Mark.VOCABULARY} or any(s.role is Role.CONSUMES for s in weights)):
-            kind, layer = _kind(weights, marks, layers)
-            minimum = parts.minimum.get(root, 1)
-            sets.append(UnitSet(kind, layer, len(members), weights, buffers, marks, blocks, minimum))
+            kind, minimum = _kind(weights, marks, layers), parts.minimum.get(root, 1)
+            sets.append(UnitSet(*kind, len(members), weights, buffers, marks, blocks, minimum))
     return sets, reasons
 
 
@@ -180,36 +169,29 @@ class Components:
 
 def components(run: Propagation) -> Components:
     label = connected_components(run.count, run.edges)
+
+    def roots(ids: Ids) -> list[int]:
+        return [int(root) for root in np.unique(label[ids[ids >= 0]])]
+
     marked = {mark: np.zeros(run.count, dtype=bool) for mark in Mark}
     for mark, flags in run.marked.items():
         marked[mark][label[flags[: run.count]]] = True
-    reasons: dict[int, str] = {}
-    for ids, reason in run.reasons:
-        for root in np.unique(label[ids]).tolist():
-            reasons.setdefault(root, reason)
-    blocks = {int(root): n for ids, n in run.blocks for root in np.unique(label[ids[ids >= 0]])}
-    minimum: dict[int, int] = {}
-    for ids, least in run.minimum:
-        for root in np.unique(label[ids[ids >= 0]]).tolist():
-            minimum[root] = max(least, minimum.get(root, 1))
+    reasons = {root: reason for ids, reason in reversed(run.reasons) for root in roots(ids)}  # the first counts
+    blocks = {root: n for ids, n in run.blocks for root in roots(ids)}
+    minimum = {root: n for ids, n in sorted(run.minimum, key=itemgetter(1)) for root in roots(ids)}  # the largest
     return Components(label, marked, reasons, blocks, minimum)
 
 
 def connected_components(count: int, edges: list[tuple[Ids, Ids]]) -> Ids:
     """Smallest member of the component of every node, by hooking and pointer jumping."""
     label = np.arange(count, dtype=np.int64)
-    if not edges:
-        return label
-    a = np.concatenate([e[0] for e in edges])
-    b = np.concatenate([e[1] for e in edges])
-    while True:
-        la, lb = label[a], label[b]
-        differ = la != lb
-        if not differ.any():
-            return label
-        np.minimum.at(label, np.maximum(la, lb)[differ], np.minimum(la, lb)[differ])
+    a, b = map(np.concatenate, zip(*edges, strict=True)) if edges else (label, label)
+    while (differ := label[a] != label[b]).any():
+        low, high = np.minimum(label[a], label[b]), np.maximum(label[a], label[b])
+        np.minimum.at(label, high[differ], low[differ])
         while (label != (jumped := label[label])).any():
             label = jumped
+    return label
 
 
 def _by_pattern(
@@ -236,11 +218,11 @@ def _kind(spans: Sequence[Span], marks: frozenset[Mark], layers: str) -> tuple[s
     # The units of a head own neighbouring indices, unlike channels that lie in several matrices of one parameter.
     heads = {(s.parameter, s.axis) for s in spans if s.index.width > 1}
     numbers = {layer_number(s.parameter, layers) for s in spans}
-    if len(numbers) > 1 or None in numbers:
-        if None not in numbers:
-            return _CROSS_LAYER, None
+    if None in numbers:
         # A table of biases that all layers look up couples the heads of all of them.
         return ATTENTION if Mark.ATTENDS in marks and heads else HIDDEN, None
+    if len(numbers) > 1:
+        return _CROSS_LAYER, None
     (layer,) = numbers
     if Mark.ROUTED in marks:
         return EXPERT, layer
@@ -265,8 +247,9 @@ def _groups(sets: Iterable[UnitSet], traced: Trace, ties: Mapping[str, str]) -> 
     for each in sets:
         by_layer.setdefault(each.layer, []).append(each)
     traced_as = {number: traced_number for traced_number, real in traced.stands_for.items() for number in real}
+    order = (ATTENTION, MLP, QUERY, EXPERT, LATENT)
     for number in sorted(traced_as):
-        members = sorted(by_layer.get(traced_as[number], []), key=lambda each: _ORDER.index(each.kind))
+        members = sorted(by_layer.get(traced_as[number], []), key=lambda each: order.index(each.kind))
         for name, each in zip(_names(members, traced), members, strict=True):
             yield _group(name, each, number, traced)
     count: Counter[str] = Counter()
@@ -323,9 +306,7 @@ def _names(members: Sequence[UnitSet], traced: Trace) -> list[str]:
 def _everywhere(parameter: str, traced: Trace, layer: int | None = None) -> list[str]:
     """The names of a traced parameter in ``layer``; None: in all layers that its traced layer represents."""
     number = layer_number(parameter, traced.layers)
-    if number is None:
-        return [parameter]
-    numbers = traced.stands_for[number] if layer is None else [layer]
+    numbers = [0] if number is None else traced.stands_for[number] if layer is None else [layer]
     return [in_layer(parameter, traced.layers, n) for n in numbers]
 
 

@@ -59,9 +59,9 @@ class Opener:
 
     def structure(self, source: Source | Reference) -> Structure:
         """The structure of ``source``. Raises `ModelError` for a half-changed model, `SettingsError` for no source."""
-        if isinstance(source, Model):
-            source.check_whole()
         if isinstance(source, Structure):
+            if isinstance(source, Model):
+                source.check_whole()
             return source
         if isinstance(source, (str, Path)):
             source = resolve(source, self.catalog)
@@ -87,24 +87,19 @@ class Opener:
         except LlmprunerError as error:
             raise ModelError(f"the dense model of '{pruned.ref}', '{ref}', cannot be opened: {error}") from error
         if dense.plans or structure_of(dense.graph) != base.structure:
-            raise ModelError(
-                f"'{ref}' is not the model that '{pruned.ref}' was pruned from ('{base.model}'): parameters differ in "
-                "name or shape"
-            )
+            other = f"'{ref}' is not the model that '{pruned.ref}' was pruned from ('{base.model}')"
+            raise ModelError(f"{other}: parameters differ in name or shape")
         recorded = None if named else record.get("base_weights")
         if recorded is not None and dense.path is not None and recorded != _sampled_weights(Path(dense.path)):
-            _LOG.warning(
-                "the files with weights in '%s' are not those from which '%s' was pruned: another model, or the same "
-                "one stored in other files", dense.ref, pruned.ref,
-            )  # fmt: skip
+            what = f"the files with weights in '{dense.ref}' are not those from which '{pruned.ref}' was pruned"
+            _LOG.warning("%s: another model, or the same one stored in other files", what)
         return dense
 
     def as_stored(self, source: Source | Reference) -> Model:
         """A model in memory; unless a dtype was chosen, float16 stays float16, on a CPU too."""
-        opened, opener = self.structure(source), self
-        if widened(opened, self.load) is not None:
-            opener = replace(self, load=self.load.model_copy(update={"dtype": "float16"}))
-        return opener.weights(opened)
+        opened = self.structure(source)
+        dtype = "float16" if widened(opened, self.load) else self.load.dtype
+        return replace(self, load=self.load.model_copy(update={"dtype": dtype})).weights(opened)
 
     def weights(self, opened: Structure, *, streamed: bool = False, scratch: Path | None = None) -> Model:
         """``opened`` with its weights, in memory or ``streamed``; a model as it is. ``scratch``: see `open_streamed`.
@@ -153,8 +148,7 @@ def register_models(catalog: Catalog) -> None:
 
 
 def family_for(catalog: Catalog, config: PreTrainedConfig, name: str | None = None) -> ModelFamily:
-    """The family ``name``; by default the one that matches and that no other match extends, or ``auto``. Raises
-    `UnsupportedModelError` when there are several."""
+    """The family ``name``; by default the only one that matches and that no other match extends, or ``auto``."""
     families = catalog[ModelFamily]
     if name is not None:
         return families[name]()
@@ -171,14 +165,19 @@ def family_for(catalog: Catalog, config: PreTrainedConfig, name: str | None = No
 
 
 def _structure(reference: Reference, opener: Opener) -> Structure:
-    """The structure of a model, pruned or not, without reading its weights."""
+    """Of a model, pruned or not, without reading its weights; an adapter's training is added to the record."""
     register_models(opener.catalog)
     record = read_record(reference.directory) if reference.directory.is_dir() and not reference.gguf_file else None
-    if record is not None:
-        structure = _pruned_structure(reference, record, opener)
-    else:
-        structure = _dense_structure(reference, opener)
-    return structure if reference.adapter is None or record is None else _with_training(structure, reference.adapter)
+    if record is None:
+        return _dense_structure(reference, opener)
+    structure = _pruned_structure(reference, record, opener)
+    if reference.adapter is None:
+        return structure
+    # With adapters of other programs, nothing but their name tells that weights are not those of the cut.
+    record = {**record, "adapters": [*record.get("adapters", ()), reference.adapter.resolve().name]}
+    if trained := (read_any_record(reference.adapter) or {}).get("recovery"):
+        record["recovery"] = trained
+    return replace(structure, record=record)
 
 
 def _dense_structure(reference: Reference, opener: Opener) -> Structure:
@@ -187,30 +186,17 @@ def _dense_structure(reference: Reference, opener: Opener) -> Structure:
         reference = reference.at_commit(load.revision)
     config = _read_config(reference, load)
     if getattr(config, "llmpruner", None) is not None:
-        raise ModelError(
-            f"'{reference.ref}' was pruned to layers of different sizes, and llmpruner.json, which says how, is not "
-            "there; download the whole repository (hf download REPO --local-dir DIR), and name its folder"
-        )
+        lacks = f"'{reference.ref}' was pruned to layers of different sizes, and llmpruner.json, which says how, is not"
+        advice = "download the whole repository (hf download REPO --local-dir DIR), and name its folder"
+        raise ModelError(f"{lacks} there; {advice}")
     family = family_for(opener.catalog, config, load.family or (reader.family if reader else None))
     try:
         return Structure(reference, config, family, build_graph(family, config))
     except LlmprunerError:
         raise
     except Exception as error:  # of the family, or of the model's class, which refuses its configuration
-        raise ModelError(
-            f"family '{family.name}' finds no structure in the configuration of '{reference.ref}' "
-            f"({type(error).__name__}: {first_line(error)})"
-        ) from error
-
-
-def _with_training(base: Structure, folder: Path) -> Structure:
-    """``base``, a pruned model, with the training of the adapter in ``folder`` in its record."""
-    trained = (read_any_record(folder) or {}).get("recovery")
-    # With adapters of other programs, nothing but their name tells that weights are not those of the cut.
-    record = {**(base.record or {}), "adapters": [*(base.record or {}).get("adapters", ()), folder.resolve().name]}
-    if trained:
-        record["recovery"] = trained
-    return replace(base, record=record)
+        what = f"family '{family.name}' finds no structure in the configuration of '{reference.ref}'"
+        raise ModelError(f"{what} ({type(error).__name__}: {first_line(error)})") from error
 
 
 def _pruned_structure(reference: Reference, record: Mapping[str, Any], opener: Opener) -> Structure:
@@ -224,9 +210,8 @@ def _pruned_structure(reference: Reference, record: Mapping[str, Any], opener: O
             pruned_class(reference.location)
         plans = tuple(PruningPlan.model_validate(plan) for plan in record["plans"])
         if load.family is None and plans and plans[0].family not in families:
-            raise PluginError(
-                f"'{ref}' is of family '{plans[0].family}', which no plugin here adds; install the one that does"
-            )
+            unknown = f"'{ref}' is of family '{plans[0].family}', which no plugin here adds"
+            raise PluginError(f"{unknown}; install the one that does")
         config = AutoConfig.for_model(values.pop("model_type"), **values)
         family = family_for(opener.catalog, config, load.family or (plans[0].family if plans else None))
         graph = build_graph(family, config)
@@ -242,9 +227,8 @@ def _pruned_structure(reference: Reference, record: Mapping[str, Any], opener: O
         # Classes of configurations raise exceptions of any type for unexpected values.
         reason = f"{type(error).__name__}: {first_line(error)}"
         if load.family is not None:
-            raise ModelError(
-                f"family '{load.family}' does not fit '{ref}', or its llmpruner.json is damaged ({reason})"
-            ) from error
+            misfit = f"family '{load.family}' does not fit '{ref}', or its llmpruner.json is damaged"
+            raise ModelError(f"{misfit} ({reason})") from error
         raise CheckpointError(f"{ref}/llmpruner.json is damaged ({reason})") from error
 
 
@@ -252,9 +236,8 @@ def _read_config(reference: Reference, load: LoadSettings) -> PreTrainedConfig:
     if reference.reader is not None:
         with in_one_line(reference):
             return reference.reader.read_config(reference.directory)
-    allowed = load.trust_remote_code
-    config: PreTrainedConfig = from_pretrained(AutoConfig, reference, trust_remote_code=allowed)
-    if allowed:
+    config: PreTrainedConfig = from_pretrained(AutoConfig, reference, trust_remote_code=load.trust_remote_code)
+    if load.trust_remote_code:
         with in_one_line(reference), quiet_transformers():
             register_model_class(config, reference.commit)
     return config

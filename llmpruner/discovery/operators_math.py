@@ -66,8 +66,7 @@ def nothing(run: Propagation, node: Node, *_: Any, **__: Any) -> Any:
 
 @rule(*UNARY)
 def unary(run: Propagation, node: Node, value: Value, *_: Any, **__: Any) -> Value:
-    name = _short(node)
-    tag = Tag("square", value.axes[-1]) if name == "square" else _after(run, value.tag, name)
+    tag = Tag("square", value.axes[-1]) if _short(node) == "square" else _after(run, value.tag, _short(node))
     return Value(value.axes, tag=tag)
 
 
@@ -81,10 +80,9 @@ def binary(run: Propagation, node: Node, *args: Any, **kwargs: Any) -> Any:
         return _with_scalar(run, name, args, operands)
     if name != operator_name(node.target):
         # In place: what is written shows in all views of the target, so where that has no identities, nothing may go.
-        for value in operands[1:]:
-            for mine, theirs in zip(operands[0].axes[::-1], value.axes[::-1], strict=False):
-                if len(mine) == len(theirs):
-                    run.block(theirs[mine < 0], "written into another tensor")
+        pairs = [pair for value in operands[1:] for pair in zip(operands[0].axes[::-1], value.axes[::-1], strict=False)]
+        for mine, theirs in (pair for pair in pairs if len(pair[0]) == len(pair[1])):
+            run.block(theirs[mine < 0], "written into another tensor")
     if name == "masked_fill" and operands[0].selects is not None:
         run.block(operands[0].selects, "a choice is replaced by a fixed position")
     tag = _norm_step(run, name, operands)
@@ -94,17 +92,14 @@ def binary(run: Propagation, node: Node, *args: Any, **kwargs: Any) -> Any:
 def _with_scalar(run: Propagation, name: str, args: Sequence[Any], operands: list[Value]) -> Value:
     value = max(operands, key=lambda v: v.ndim)
     number = next((float(a) for a in args if isinstance(a, int | float) and not isinstance(a, bool)), None)
-    origin, offset = None, 0.0
-    if value.origin is Origin.WEIGHT and number is not None:
-        if name == "add":
-            origin, offset = Origin.WEIGHT, value.offset + number
-        elif name in ("mul", "div") and value.offset == 0 and isinstance(args[0], Value):
-            origin = Origin.WEIGHT
+    scaled = name in ("mul", "div") and value.offset == 0 and isinstance(args[0], Value)
+    is_weight = value.origin is Origin.WEIGHT and number is not None and (name == "add" or scaled)
+    offset = value.offset + (number or 0.0) if is_weight and name == "add" else 0.0
     tag = _after(run, value.tag, f"pow {number}" if name == "pow" else name)
     if name == "pow" and number == 2 and value.axes and isinstance(args[0], Value):
         tag = Tag("square", value.axes[-1])
     selects = value.selects if name == "clamp" else None
-    return Value(value.axes, origin, offset, selects, tag)
+    return Value(value.axes, Origin.WEIGHT if is_weight else None, offset, selects, tag)
 
 
 def _norm_step(run: Propagation, name: str, operands: list[Value]) -> Tag | None:
@@ -143,11 +138,10 @@ def reduction(run: Propagation, node: Node, value: Value, *args: Any, **kwargs: 
     dim = argument(args, kwargs, 1 if _short(node) == "linalg_vector_norm" else 0, "dim")
     dims = [dim] if isinstance(dim, int) else dim or range(value.ndim)
     keep = node.meta["val"].ndim == value.ndim > 0
-    square = value.tag is not None and value.tag.stage == "square"
-    over_last = [d % value.ndim for d in dims] == [value.ndim - 1]
-    if square and _short(node) == "mean" and over_last and (value.axes[-1] >= 0).any():
-        last = [uniform(1, FREE)] if keep else []
-        return Value((*value.axes[:-1], *last), tag=Tag("mean_square", value.axes[-1]))
+    is_mean_square = value.tag is not None and value.tag.stage == "square" and _short(node) == "mean"
+    if is_mean_square and [d % value.ndim for d in dims] == [value.ndim - 1] and (value.axes[-1] >= 0).any():
+        axes = (*value.axes[:-1], uniform(1, FREE)) if keep else value.axes[:-1]
+        return Value(axes, tag=Tag("mean_square", value.axes[-1]))
     _after(run, value.tag)
     return Value(run.reduce(value, dims, keep))
 
@@ -155,10 +149,8 @@ def reduction(run: Propagation, node: Node, value: Value, *args: Any, **kwargs: 
 @rule("cumsum", "cumprod", "diff")
 def scan(run: Propagation, node: Node, value: Value, *args: Any, **kwargs: Any) -> Value:
     dim = argument(args, kwargs, 1 if _short(node) == "diff" else 0, "dim", -1) % value.ndim
-    axes = list(value.axes)
-    run.block(axes[dim], "accumulated along it")
-    axes[dim] = run.plain(int(node.meta["val"].shape[dim]))
-    return Value(tuple(axes))
+    run.block(value.axes[dim], "accumulated along it")
+    return Value((*value.axes[:dim], run.plain(int(node.meta["val"].shape[dim])), *value.axes[dim + 1 :]))
 
 
 @rule("topk")
@@ -195,11 +187,9 @@ def matmul(run: Propagation, node: Node, left: Value, right: Value) -> Value:
     summed = right.axes[-2] if right.ndim > 1 else right.axes[0]
     run.contract(left.axes[-1], summed, left, right)
     batch = run.broadcast([replace(left, axes=left.axes[:-2]), replace(right, axes=right.axes[:-2])])
-    if left.origin is right.origin is Origin.ACTIVATION:
-        for ids in batch:
-            run.mark(ids, Mark.ATTENDS)
-    columns = right.axes[-1:] if right.ndim > 1 else ()
-    return Value((*batch, *left.axes[-2:-1], *columns))
+    for ids in batch if left.origin is right.origin is Origin.ACTIVATION else ():
+        run.mark(ids, Mark.ATTENDS)
+    return Value((*batch, *left.axes[-2:-1], *(right.axes[-1:] if right.ndim > 1 else ())))
 
 
 @rule("addmm", "baddbmm")
@@ -233,13 +223,10 @@ def conv1d(run: Propagation, node: Node, x: Value, weight: Value, bias: Value | 
     groups = args[3] if len(args) == 4 else 1
     if x.ndim != 3 or groups not in (1, len(x.axes[1])) or (groups > 1 and len(weight.axes[0]) != groups):
         return NotImplemented
-    out = weight.axes[0]
     if groups == 1:
         run.contract(x.axes[1], weight.axes[1], x, weight)
-    else:
-        out = run.tie(x.axes[1], out)
-    if bias is not None:
-        out = run.tie(out, bias.axes[0])
+    out = weight.axes[0] if groups == 1 else run.tie(x.axes[1], weight.axes[0])
+    out = out if bias is None else run.tie(out, bias.axes[0])
     run.block(x.axes[2], "convolved")
     return Value((x.axes[0], out, run.plain(int(node.meta["val"].shape[2]))))
 
@@ -274,9 +261,7 @@ def attention(
     run.contract(k.axes[-2], v.axes[-2], k, v)
     heads = q.axes[-3]
     for shared in (k.axes[-3], v.axes[-3]):
-        times = len(heads) // len(shared)
-        repeated = merge(run, [shared, uniform(times, FREE)]) if times > 1 else shared
-        heads = run.tie(heads, repeated)
+        heads = run.tie(heads, merge(run, [shared, uniform(len(heads) // len(shared), FREE)]))
     if attn_mask is not None and attn_mask.ndim >= 3 and len(attn_mask.axes[-3]) == len(heads):
         heads = run.tie(heads, attn_mask.axes[-3])
     run.mark(heads, Mark.ATTENDS)
@@ -296,12 +281,8 @@ def filled(run: Propagation, node: Node, *_: Any, **__: Any) -> Value:
 
 def _is_written_to(node: Node) -> bool:
     """Whether an operator in place changes the tensor or a view of it."""
-    for user in node.users:
-        name = operator_name(user.target)
-        writes = (name.endswith("_") and name in BINARY) or (name in VIEWS and _is_written_to(user))
-        if writes and user.args[0] is node:
-            return True
-    return False
+    users = [(user, operator_name(user.target)) for user in node.users if user.args and user.args[0] is node]
+    return any(n in BINARY if n.endswith("_") else n in VIEWS and _is_written_to(user) for user, n in users)
 
 
 @rule("view_as_complex")

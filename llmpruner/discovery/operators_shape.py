@@ -39,8 +39,8 @@ def regroup(
     while rest or sizes:
         left, right = rest[:1], sizes[:1]
         del rest[:1], sizes[:1]
-        while prod(map(len, left)) != prod(right):
-            if prod(map(len, left)) < prod(right):
+        while (size := prod(map(len, left))) != prod(right):
+            if size < prod(right):
                 left.append(rest.pop(0))
             else:
                 right.append(sizes.pop(0))
@@ -54,9 +54,9 @@ def regroup(
 
 def merge(run: Propagation, axes: Sequence[Ids]) -> Ids:
     """One axis from several, row-major. Only one of them can keep its identities."""
-    wide = [ids for ids in axes if len(ids) > 1] or list(axes[:1])
-    if len(wide) <= 1:
-        return wide[0] if wide else uniform(1, FREE)
+    wide = [ids for ids in axes if len(ids) > 1] or [*axes[:1]] or [uniform(1, FREE)]
+    if len(wide) == 1:
+        return wide[0]
     size = prod(len(ids) for ids in wide)
     if run.elastic and (wide[0] != FREE).any() and all((ids == FREE).all() for ids in wide[1:]):
         # Keys and values, repeated for the query heads that share them, or the choice of a group of experts, for its
@@ -80,22 +80,16 @@ def split(run: Propagation, ids: Ids, shape: Sequence[int], picked: frozenset[in
     """Several axes from one. The identities go to the axis that they vary along, or else to the outermost one that is
     not ``picked`` from by position (gate and up projection in one matrix); its slices become one unit each."""
     wide = [n for n, size in enumerate(shape) if size > 1]
-    axes = [uniform(size, FREE) for size in shape]
     if not wide:
-        if axes:
-            axes[0] = ids
-        return axes
+        return [ids, *(uniform(size, FREE) for size in shape[1:])] if shape else []
     if (ids < 0).all():
-        for n in wide:
-            axes[n] = uniform(shape[n], int(np.max(ids)))
-        return axes
+        return [uniform(size, int(np.max(ids)) if size > 1 else FREE) for size in shape]
     grid = ids.reshape(shape)
     rows = {n: np.moveaxis(grid, n, 0).reshape(shape[n], -1) for n in wide}
     along = [n for n in wide if (rows[n] == rows[n][:, :1]).all()]
     chosen = (along or [n for n in wide if n not in picked] or wide)[0]
-    unit = reduce(run.tie, rows[chosen].T)
-    for n in wide:
-        axes[n] = unit if n == chosen else uniform(shape[n], FIXED)
+    axes = [uniform(size, FIXED if size > 1 else FREE) for size in shape]
+    axes[chosen] = reduce(run.tie, rows[chosen].T)
     return axes
 
 
@@ -133,12 +127,9 @@ def reorder(run: Propagation, node: Node, value: Value, *args: Any) -> Value:
 @rule("expand", "expand_as", "broadcast_to")
 def expand(run: Propagation, node: Node, value: Value, *_: Any, **__: Any) -> Value:
     shape = tuple(node.meta["val"].shape)
-    axes: list[Ids] = [uniform(n, FREE) for n in shape[: len(shape) - value.ndim]]
+    axes = [uniform(n, FREE) for n in shape[: len(shape) - value.ndim]]
     for ids, size in zip(value.axes, shape[len(shape) - value.ndim :], strict=True):
-        if len(ids) == size:
-            axes.append(ids)
-        else:
-            axes.append(np.repeat(ids, size) if ids[0] >= 0 else uniform(size, FREE))
+        axes.append(ids if len(ids) == size else np.repeat(ids, size) if ids[0] >= 0 else uniform(size, FREE))
     return with_axes(value, axes)
 
 
@@ -158,7 +149,7 @@ def repeat_interleave(
     if not isinstance(times, int) or dim is None:
         return NotImplemented
     axes = list(value.axes)
-    axes[dim] = merge(run, [axes[dim], uniform(times, FREE)]) if times > 1 else axes[dim]
+    axes[dim] = merge(run, [axes[dim], uniform(times, FREE)])
     return with_axes(value, axes)
 
 
@@ -190,10 +181,8 @@ def part(run: Propagation, node: Node, value: Value, *args: Any) -> Any:
     at = 0 if is_slice else 1
     dim = argument(args, {}, at, "dim", 0) % value.ndim
     positions = operator(torch.arange(value.shape[dim]), *args[:at], 0, *args[at + 1 :])
-    parts = [
-        with_axes(value, (*value.axes[:dim], value.axes[dim][chosen.numpy()], *value.axes[dim + 1 :]))
-        for chosen in ([positions] if is_slice else positions)
-    ]
+    ids = [value.axes[dim][chosen.numpy()] for chosen in ([positions] if is_slice else positions)]
+    parts = [with_axes(value, (*value.axes[:dim], chosen, *value.axes[dim + 1 :])) for chosen in ids]
     return parts[0] if is_slice else parts
 
 
@@ -226,8 +215,7 @@ def pad(run: Propagation, node: Node, value: Value, amounts: list[int], *_: Any)
 def triangle(run: Propagation, node: Node, value: Value, *_: Any) -> Value:
     for ids in value.axes[-2:]:
         run.block(ids, "masked by position")
-    axes = [*value.axes[:-2], *(run.plain(len(i)) for i in value.axes[-2:])]
-    return Value(tuple(axes), value.origin)
+    return Value((*value.axes[:-2], *(run.plain(len(ids)) for ids in value.axes[-2:])), value.origin)
 
 
 @rule("index")
@@ -240,8 +228,7 @@ def index(run: Propagation, node: Node, value: Value, chosen: Sequence[Value | N
     for dim, pick in picks.items():
         pick_from(run, value.axes[dim], pick)
     axes = [ids for dim, ids in enumerate(value.axes) if dim not in picks]
-    adjacent = max(picks) - min(picks) + 1 == len(picks)
-    at = min(picks) if adjacent else 0
+    at = min(picks) if max(picks) - min(picks) + 1 == len(picks) else 0  # 0: they are not adjacent
     axes[at:at] = run.broadcast(list(picks.values()))
     return replace(with_axes(value, axes), selects=value.selects)
 
@@ -263,11 +250,8 @@ def index_select(run: Propagation, node: Node, value: Value, dim: int, pick: Val
 def gather(run: Propagation, node: Node, value: Value, dim: int, pick: Value, **_: Any) -> Value:
     dim %= value.ndim
     pick_from(run, value.axes[dim], pick)
-    axes = [
-        run.tie(ids, own) if d != dim and len(ids) == len(own) else ids
-        for d, (ids, own) in enumerate(zip(pick.axes, value.axes, strict=True))
-    ]
-    return Value(tuple(axes))
+    pairs = enumerate(zip(pick.axes, value.axes, strict=True))
+    return Value(tuple(run.tie(a, b) if d != dim and len(a) == len(b) else a for d, (a, b) in pairs))
 
 
 @rule("embedding")
@@ -284,11 +268,11 @@ def embedding(run: Propagation, node: Node, table: Value, pick: Value, *_: Any) 
 @rule("one_hot")
 def one_hot(run: Propagation, node: Node, pick: Value, *_: Any) -> Value:
     size = int(node.meta["val"].shape[-1])
-    selects = pick.selects
-    if selects is not None and len(selects) != size:
-        run.block(selects, "numbered otherwise")
-        selects = None
-    return Value((*pick.axes, uniform(size, FIXED) if selects is None else selects))
+    if pick.selects is not None and len(pick.selects) == size:
+        return Value((*pick.axes, pick.selects))
+    if pick.selects is not None:
+        run.block(pick.selects, "numbered otherwise")
+    return Value((*pick.axes, uniform(size, FIXED)))
 
 
 @rule("scatter")

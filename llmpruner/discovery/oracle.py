@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch.nn.modules.module import register_module_forward_hook
@@ -33,8 +33,7 @@ if TYPE_CHECKING:
     from ..models.family import ModelFamily
 
 BATCH, TIME = 3, 13
-NEW_TOKENS = 4
-"""Tokens that are generated with a cache."""
+NEW_TOKENS = 4  # that are generated with a cache
 TOLERANCE = 2e-4
 """Largest difference of logits, relative to the largest logit; float32 rounding stays ten times below it."""
 VISIBLE = 1e-3
@@ -127,15 +126,12 @@ class Oracle:
 
     def _plans(self, kind: str, groups: Sequence[CoupledGroup]) -> dict[str, dict[str, list[int]]]:
         """Random units to keep, and those that must stay: another share in each group, or the same."""
-        plans = {
-            "uneven": random_plan(groups, self.seed, uneven=True),
-            "even": random_plan(groups, self.seed + 1, uneven=False),
-        }
+        uneven, even = (random_plan(groups, self.seed + n, uneven=n == 0) for n in (0, 1))
+        plans = {"uneven": uneven, "even": even}
         types = getattr(self.config.get_text_config(), "layer_types", None) or ()
-        attention: list[int] = []
-        if kind == LAYER and len(types) == self.graph.num_layers:
-            # Without an attention layer, the cache of transformers does not count tokens, and generation raises.
-            attention = [n for n, t in enumerate(types) if t.endswith("attention") and t != "linear_attention"]
+        # Without an attention layer, the cache of transformers does not count tokens, and generation raises.
+        attention = [n for n, t in enumerate(types) if t.endswith("attention") and t != "linear_attention"]
+        attention = attention if kind == LAYER and len(types) == self.graph.num_layers else []
         for kept in plans.values():
             for name, units in kept.items():
                 if kind == VOCABULARY:
@@ -145,8 +141,7 @@ class Oracle:
         return plans
 
     def _references(self, kept: Kept) -> list[Reference]:
-        tokens = kept_tokens(self.tokens, self.graph, kept)
-        references = []
+        tokens, references = kept_tokens(self.tokens, self.graph, kept), []
         for implementation, dense in self.models.items():
             model = copy.deepcopy(dense)
             mode = silenced(model, self.graph, kept)
@@ -190,8 +185,7 @@ class Oracle:
 
 @dataclass(frozen=True)
 class Reference:
-    """What a cut to ``kept`` is compared with: a ``model`` with the other units silenced, which must run inside
-    ``mode``, and its ``logits`` (B, T, V) for ``tokens``."""
+    """A ``model``, run inside ``mode``, with all but ``kept`` silenced, and its ``logits`` (B, T, V) for ``tokens``."""
 
     implementation: str
     kept: Kept
@@ -235,18 +229,13 @@ def _choices(group: CoupledGroup) -> list[int]:
 def random_plan(groups: Sequence[CoupledGroup], seed: int, *, uneven: bool) -> dict[str, list[int]]:
     """Random units to keep in every group that can lose any: a random number (``uneven``), or about two thirds."""
     generator = torch.Generator().manual_seed(seed)
-    kept = {}
-    for group in groups:
-        choices = _choices(group)
-        if not choices:
-            continue
-        per_block = group.units // group.blocks
+    kept: dict[str, list[int]] = {}
+    for group, choices in ((group, choices) for group in groups if (choices := _choices(group))):
+        per_block, units = group.units // group.blocks, kept.setdefault(group.name, [])
         pick = int(torch.randint(len(choices), (1,), generator=generator)) if uneven else len(choices) // 2
-        units: list[int] = []
         for block in range(group.blocks):
             order = torch.randperm(per_block, generator=generator)[: choices[pick]]
             units += sorted(block * per_block + int(i) for i in order)
-        kept[group.name] = units
     if not kept:
         raise LlmprunerError("no unit can be removed from any group")
     return kept
@@ -254,14 +243,11 @@ def random_plan(groups: Sequence[CoupledGroup], seed: int, *, uneven: bool) -> d
 
 def first_difference(model: PreTrainedModel, reference: Reference) -> str:
     """The path of the first module whose output differs from that in the reference; empty for none."""
-    seen = _outputs(model, reference.tokens.after)
     with reference.mode:
         expected = _outputs(reference.model, reference.tokens.before)
-    for path, output in seen.items():
-        same_shape = path in expected and expected[path].shape == output.shape
-        if same_shape and distance(output, expected[path]) > TOLERANCE:
-            return path
-    return ""
+    both = ((path, output) for path, output in _outputs(model, reference.tokens.after).items() if path in expected)
+    alike = ((path, output) for path, output in both if output.shape == expected[path].shape)
+    return next((path for path, output in alike if distance(output, expected[path]) > TOLERANCE), "")
 
 
 def _outputs(model: PreTrainedModel, tokens: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -316,8 +302,7 @@ def _instances(config: PreTrainedConfig, seed: int) -> tuple[dict[str, PreTraine
 
 
 def silenced(model: PreTrainedModel, graph: CouplingGraph, kept: Kept) -> AbstractContextManager[object]:
-    """Silence all units that ``kept`` leaves out of the dense ``model``, in place; it must run inside the result.
-    Removed layers return their inputs, routers do not select removed experts; others: see `surgery.silence`."""
+    """Silence all but ``kept`` in place, also layers and experts; the dense ``model`` must run inside the result."""
 
     def pass_on(module: Any, args: Any, kwargs: Any, output: Any) -> Any:
         entering = args[0] if args else kwargs["hidden_states"]
@@ -330,11 +315,10 @@ def silenced(model: PreTrainedModel, graph: CouplingGraph, kept: Kept) -> Abstra
     return ClosedRoutes(model, graph, routed) if routed else nullcontext()
 
 
+@torch.no_grad()
 def logits(model: PreTrainedModel, tokens: torch.Tensor) -> torch.Tensor:
     """(B, T, V) for ``tokens`` (B, T), without a cache."""
-    with torch.no_grad():
-        result: torch.Tensor = model(input_ids=tokens, use_cache=False).logits
-    return result
+    return cast("torch.Tensor", model(input_ids=tokens, use_cache=False).logits)
 
 
 def distance(actual: torch.Tensor, expected: torch.Tensor) -> float:
@@ -345,16 +329,15 @@ def distance(actual: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 class ClosedRoutes(TorchFunctionMode):
-    """While active, routers do not select the removed experts: their logits are minus infinity, and so are their scores
-    in top-k choices, as a sigmoid or a bias may come in between."""
+    """While active, removed experts have logits of minus infinity, and again in top-k choices, after a sigmoid."""
 
     def __init__(self, model: PreTrainedModel, graph: CouplingGraph, kept: Kept) -> None:
         super().__init__()
         self.closed: dict[int, tuple[torch.Tensor, torch.Tensor, int]] = {}
-        self.current: tuple[torch.Tensor, int] | None = None
+        self.current: list[Any] = []  # the removed experts of the last router, and the number of all
         for name, units in kept.items():
             group = graph.by_name[name]
-            removed = [u for u in range(group.units) if u not in set(units)]
+            removed = sorted(set(range(group.units)) - set(units))
             for span in group.spans_with(Role.PRODUCES):
                 parameter = model.get_parameter(span.parameter)
                 if parameter.ndim == 2 and span.axis == 0:
@@ -363,7 +346,7 @@ class ClosedRoutes(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func in (torch.topk, torch.Tensor.topk) and self.current is not None:
+        if func in (torch.topk, torch.Tensor.topk) and self.current:
             experts, number = self.current
             if args and number in (args[0].shape[-1], args[0].shape[1:].numel()):  # in groups, or not
                 flat = args[0].reshape(-1, number).index_fill(-1, experts, float("-inf"))
@@ -371,9 +354,7 @@ class ClosedRoutes(TorchFunctionMode):
         result = func(*args, **kwargs)
         if self.closed and func is torch.nn.functional.linear:
             weight = args[1] if len(args) > 1 else kwargs["weight"]
-            closed = self.closed.get(id(weight))
-            if closed is not None:
-                rows, experts, number = closed
+            if closed := self.closed.get(id(weight)):
+                rows, *self.current = closed
                 result = result.index_fill(-1, rows, float("-inf"))
-                self.current = experts, number
         return result

@@ -18,7 +18,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import Enum
-from functools import reduce
+from functools import partial, reduce
 from operator import attrgetter
 from typing import Any, TypeVar, cast
 
@@ -27,6 +27,7 @@ import numpy.typing as npt
 import torch
 from torch.fx import Node
 from torch.fx.node import map_arg
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from ..errors import UnsupportedModelError, first_line
 
@@ -164,8 +165,7 @@ class Propagation:
             self.buffers.add(buffer)
             return replace(self.parameter(ties.get(buffer, buffer), meta.shape), origin=Origin.CONSTANT)
         if node.name in signature.user_inputs:
-            value = self.opaque(meta, Origin.ACTIVATION)
-            return replace(value, is_input=True) if isinstance(value, Value) else value
+            return tree_map_only(Value, partial(replace, is_input=True), self.opaque(meta, Origin.ACTIVATION))
         value = self.opaque(meta, Origin.CONSTANT)
         constant = program.constants.get(signature.inputs_to_lifted_tensor_constants.get(node.name, ""))
         if isinstance(constant, torch.Tensor) and not constant.is_meta and constant.dtype is torch.long:
@@ -173,12 +173,10 @@ class Propagation:
         return value
 
     def parameter(self, name: str, shape: Sequence[int]) -> Value:
-        axes = []
         for axis, size in enumerate(shape):
             if (name, axis) not in self.parameters:
                 self.parameters[name, axis] = self.new(size)
-            axes.append(self.parameters[name, axis])
-        return Value(tuple(axes), Origin.WEIGHT)
+        return Value(tuple(self.parameters[name, axis] for axis in range(len(shape))), Origin.WEIGHT)
 
     def call(self, node: Node, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         name = operator_name(node.target)
@@ -208,7 +206,7 @@ class Propagation:
             return self.opaque(meta, origin)
         if isinstance(meta, torch.Tensor) and isinstance(result, Value) and result.shape != tuple(meta.shape):
             raise UnsupportedModelError(f"{failed}: it makes shape {tuple(meta.shape)}, and the rule {result.shape}")
-        return _of_origin(result, origin)
+        return tree_map_only(Value, lambda value: value if value.origin else replace(value, origin=origin), result)
 
     def opaque(self, meta: Any, origin: Origin) -> Any:
         """A value of the shape of ``meta`` whose axes have no identities."""
@@ -219,9 +217,7 @@ class Propagation:
         return meta
 
     def plain(self, size: int, origin: Origin = Origin.ACTIVATION) -> Ids:
-        if size == 1:
-            return uniform(1, FREE)
-        return uniform(size, TABLE if origin is Origin.CONSTANT else FIXED)
+        return uniform(size, FREE if size == 1 else TABLE if origin is Origin.CONSTANT else FIXED)
 
     # The building blocks of rules.
 
@@ -242,9 +238,8 @@ class Propagation:
             self.edges.append((left[both], right[both]))
         for mine, other in ((left, right), (right, left)):
             self.block(mine[other == FIXED], "tied to an axis that cannot be cut")
-        known = np.where(left >= 0, left, right)
-        stuck = (left == FIXED) | (right == FIXED)
-        return np.where(stuck, FIXED, np.where(known >= 0, known, np.maximum(left, right)))
+        known = np.where(left >= 0, left, np.where(right >= 0, right, np.maximum(left, right)))
+        return np.where((left == FIXED) | (right == FIXED), FIXED, known)
 
     def mark(self, ids: Ids, mark: Mark) -> None:
         self.marked[mark][ids[ids >= 0]] = True
@@ -274,13 +269,12 @@ class Propagation:
 
     def predict(self, last: Ids) -> None:
         """``last``, the last axis of the logits, numbers the same tokens as the rows that token ids look up."""
-        reason = "an entry of the vocabulary"
-        if self.tokens is not None and self.readers:
-            reason = f"token ids are read by {self.readers[0]}"
-        elif self.tokens is not None and len(self.tokens) == len(last):
-            self.mark(self.tie(self.tokens, last), Mark.VOCABULARY)
+        rows = [] if self.tokens is None else [self.tokens]
+        if rows and not self.readers and len(rows[0]) == len(last):
+            self.mark(self.tie(rows[0], last), Mark.VOCABULARY)
             return
-        for ids in (last, *([] if self.tokens is None else [self.tokens])):
+        reason = f"token ids are read by {self.readers[0]}" if rows and self.readers else "an entry of the vocabulary"
+        for ids in (last, *rows):
             self.keep(ids, reason)
 
     def broadcast(self, operands: Sequence[Value]) -> tuple[Ids, ...]:
@@ -310,15 +304,10 @@ class Propagation:
     def reduce(self, value: Value, dims: Sequence[int], keepdim: bool) -> tuple[Ids, ...]:
         """Axes after a reduction; blocks the reduced ones."""
         gone = {d % value.ndim for d in dims}
-        axes = []
-        for d, ids in enumerate(value.axes):
-            if d not in gone:
-                axes.append(ids)
-                continue
-            self.block(ids, "reduced")
-            if keepdim:
-                axes.append(uniform(1, FREE))
-        return tuple(axes)
+        for d in sorted(gone):
+            self.block(value.axes[d], "reduced")
+        axes = [uniform(1, FREE) if d in gone else ids for d, ids in enumerate(value.axes)]
+        return tuple(ids for d, ids in enumerate(axes) if keepdim or d not in gone)
 
 
 KEEPS_TAG: set[str] = set()
@@ -334,24 +323,11 @@ def with_axes(value: Value, axes: Sequence[Ids]) -> Value:
 
 
 def operator_name(target: Any) -> str:
-    schema = getattr(target, "_schema", None)
-    if schema is None:
+    if (schema := getattr(target, "_schema", None)) is None:
         return str(getattr(target, "__name__", target))
     namespace, _, name = schema.name.partition("::")
     return name if namespace == "aten" else f"{namespace}.{name}"
 
 
-def _of_origin(result: Any, origin: Origin) -> Any:
-    if isinstance(result, list):
-        return [_of_origin(value, origin) for value in result]
-    return replace(result, origin=origin) if isinstance(result, Value) and result.origin is None else result
-
-
 def _tensors(item: Any) -> list[Value]:
-    if isinstance(item, Value):
-        return [item]
-    if isinstance(item, dict):
-        item = list(item.values())
-    if isinstance(item, list | tuple):
-        return [v for i in item for v in _tensors(i)]
-    return []
+    return [leaf for leaf in tree_leaves(item) if isinstance(leaf, Value)]

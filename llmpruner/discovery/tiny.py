@@ -20,20 +20,14 @@ from ..models.meta import register_model_class
 from ..models.modeling_llmpruner import PER_LAYER, layer_overrides, per_layer_lists
 from ..models.stock import for_all_layers
 
-LAYERS = 3
-"""More where they are needed to show every kind of layer."""
+LAYERS = 3  # more where they are needed to show every kind of layer
 HEAD_DIM = 16
 VOCABULARY = 128
 
-_WIDTH = re.compile(r"intermediate|ffn|n_inner|^d_inner$|d_ff|dim_ff|inner_dim|(^|_)mlp_(hidden|dim)|inner_size")
 _SHARED = re.compile(r"kv_n?_?heads|key_value_heads|query_group|n_head_kv")
 _HEADS = re.compile(r"heads$|n_head$")
-_HEAD_DIM = re.compile(r"head_dim|head_size|key_length|d_kv$|^d_head$|kv_channels")
-_ROTARY = re.compile("rotary_dim|rotary_ndims|rope_dim")
-_HIDDEN = re.compile("hidden_size|d_model|n_embd|embed_dim|embedding_size|word_embed_proj")
 _LAYERS = re.compile(r"(en|de)coder_layers$|(^n|num)_.*_layers$|n_layers?$|^num_blocks$")
 _NUMBERED = re.compile(r"only_layers$|layer_indices$|layer_ids$|^moe_layers$|cross_attention_layers$")
-_LENGTH = re.compile("max_position|n_positions|n_ctx|max_seq|seq_length|max_target|max_source|context_length")
 
 
 @dataclass(frozen=True)
@@ -119,22 +113,19 @@ def random_instance(config: PreTrainedConfig, seed: int = 0, attention: str = "e
     """A random float32 model on the CPU, in which errors show: no parameter is constant, nor is any saved buffer."""
     config = copy.deepcopy(config)
     generator = torch.Generator().manual_seed(seed)
+    options = {"attn_implementation": attention, "dtype": torch.float32, "trust_remote_code": False}
     with quiet_transformers(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         try:
-            model = AutoModelForCausalLM.from_config(
-                config, attn_implementation=attention, dtype=torch.float32, trust_remote_code=False
-            )
+            model = AutoModelForCausalLM.from_config(config, **options)
         except Exception as error:
             reason = f"a small {config.model_type} cannot be built: {first_line(error)[:160]}"
             raise UnsupportedModelError(reason) from error
     with torch.no_grad():
         for parameter in model.parameters():
             noise = torch.randn(parameter.shape, generator=generator)
-            if parameter.ndim > 1:
-                parameter.copy_(noise * (1.3 / math.sqrt(parameter.shape[-1])))
-            else:
-                parameter.add_(0.3 * noise)
+            wide = noise * (1.3 / math.sqrt(parameter.shape[-1])) if parameter.ndim > 1 else parameter + 0.3 * noise
+            parameter.copy_(wide)
         saved = model.state_dict(keep_vars=True).keys()
         for name, buffer in model.named_buffers():
             if name in saved and buffer.is_floating_point() and buffer.numel() > 1 and len(buffer.unique()) == 1:
@@ -159,22 +150,20 @@ def _shrink(config: PreTrainedConfig, small: Small, around: Around) -> dict[str,
     chosen = _shrink_layers(plain, values, small.each, overrides)
     values |= {n: _small_token(v) for n, v in values.items() if re.search("token_id$|_token$|token_index$", n)}
     if small.complete:
-        for name in [n for n, v in values.items() if v is None and _SHARED.search(n)]:
-            values[name] = values.get(plain.attribute_map.get("num_attention_heads", "num_attention_heads"))
+        heads = values.get(plain.attribute_map.get("num_attention_heads", "num_attention_heads"))
+        values |= {n: heads for n, v in values.items() if v is None and _SHARED.search(n)}
         _keep_products(before, values)
     values |= {n: text[v] for n, v in before.items() if type(v) is int and values[n] == v and v in text}
     of_layers = {n: {name: values.pop(f"{n}.{name}") for name in stated} for n, stated in overrides.items()}
     if layer_overrides(config) is not None:
         values[PER_LAYER] = {new: of_layers[old] for new, old in enumerate(chosen) if old in of_layers}
-    for name in ("_name_or_path", "transformers_version", "architectures", "auto_map"):
-        values.pop(name, None)
-    return values
+    of_the_dense = ("_name_or_path", "transformers_version", "architectures", "auto_map")
+    return {name: value for name, value in values.items() if name not in of_the_dense}
 
 
 def _shrink_hidden(config: PreTrainedConfig, values: dict[str, Any], target: tuple[int, int], around: Around) -> Around:
     """Make the hidden size and heads small (``target``: `Small.heads`); returns ``around`` for parts of ``config``."""
-    hidden = getattr(config, "hidden_size", None)
-    if not isinstance(hidden, int):
+    if not isinstance(hidden := getattr(config, "hidden_size", None), int):
         values |= {n: around.kv_heads.get(v, v) for n, v in values.items() if _SHARED.search(n)}
         return around
     before = dict(values)
@@ -191,11 +180,11 @@ def _shrink_hidden(config: PreTrainedConfig, values: dict[str, Any], target: tup
             return few_shared if value == shared else few if value == queries else min(value, few_shared)
         if _HEADS.search(meaning):
             return few if value == queries else min(value, 4)
-        if _HEAD_DIM.search(meaning):
+        if re.search(r"head_dim|head_size|key_length|d_kv$|^d_head$|kv_channels", meaning):
             return max(8, int(value * scale) // 8 * 8)
-        if _ROTARY.search(meaning):
+        if re.search("rotary_dim|rotary_ndims|rope_dim", meaning):
             return max(4, int(value * scale) // 4 * 4)
-        if value == hidden or _HIDDEN.search(meaning):
+        if value == hidden or re.search("hidden_size|d_model|n_embd|embed_dim|embedding_size|word_embed_proj", meaning):
             return small_hidden * (value // hidden) if value % hidden == 0 else small_hidden // 2
         return value
 
@@ -227,8 +216,7 @@ def _shrink_parts(config: PreTrainedConfig, values: dict[str, Any], small: Small
 
 def _heads(config: PreTrainedConfig) -> tuple[int, int]:
     """Numbers of query and of key/value heads, whatever they are called; zeros without heads."""
-    heads = getattr(config, "num_attention_heads", None)
-    if not isinstance(heads, int) or heads < 1:
+    if not isinstance(heads := getattr(config, "num_attention_heads", None), int) or heads < 1:
         return 0, 0
     shared = next((v for name, v in vars(config).items() if _SHARED.search(name) and _sizes(v)), None)
     return heads, shared if isinstance(shared, int) and heads % shared == 0 else heads
@@ -237,15 +225,14 @@ def _heads(config: PreTrainedConfig) -> tuple[int, int]:
 def _keep_ratios(config: PreTrainedConfig, values: dict[str, Any], few: int) -> None:
     """Numbers of heads of further kinds of layer (``linear_num_…_heads``) stay multiples; the least becomes ``few``."""
     kinds: dict[str, dict[str, int]] = {}
-    for name in values:
-        kind, before = re.match("(.+)num_.*heads$", name), getattr(config, name, None)
-        if kind and _sizes(before):
+    for name, kind in ((name, re.match("(.+)num_.*heads$", name)) for name in values):
+        if kind and _sizes(before := getattr(config, name, None)):
             kinds.setdefault(kind[1], {})[name] = cast("int", before)
     for counts in kinds.values():
         fewest = min(counts.values())
         if max(counts.values()) > fewest:
-            least = min(fewest, few)
-            values |= {name: least * (count // fewest) for name, count in counts.items() if count % fewest == 0}
+            multiples = {name: count // fewest for name, count in counts.items() if count % fewest == 0}
+            values |= {name: min(fewest, few) * times for name, times in multiples.items()}
 
 
 def _shrink_state_space(values: dict[str, Any], hidden: int) -> None:
@@ -258,32 +245,30 @@ def _shrink_state_space(values: dict[str, Any], hidden: int) -> None:
             values[name] = int(expand * hidden) // HEAD_DIM
             if _sizes(values.get("mamba_d_ssm")):
                 values["mamba_d_ssm"] = values[name] * HEAD_DIM
-    for name in ("mamba_n_groups", "mamba_ngroups", "n_groups"):
-        if _sizes(values.get(name)):
-            values[name] = 1
+    values |= {n: 1 for n in ("mamba_n_groups", "mamba_ngroups", "n_groups") if _sizes(values.get(n))}
 
 
 def _shrink_widths(values: dict[str, Any]) -> None:
     # A value, and its number among the different values of such fields → the small value.
-    rules: dict[re.Pattern[str], Callable[[int, int], int]] = {
-        _WIDTH: lambda _, number: 40 + 16 * number,
-        re.compile("(num|n)_.*experts$"): lambda value, _: 8 if value > 4 else value,
-        re.compile("top_?k$|experts_per_tok|moe_k$|num_selected"): lambda value, _: min(value, 2),
-        re.compile("rank$|_lora|low_rank"): lambda value, number: min(value, 24 + 8 * number),
-        _LENGTH: lambda value, _: min(value, 256),
-        re.compile("vocab_size"): lambda value, _: min(value, VOCABULARY),
-        re.compile("sliding_window|window_size|chunk_size|block_size|attention_window"): lambda value, _: min(value, 8),
-        re.compile("n_group$|expert_group$"): lambda value, _: min(value, 2),
-        re.compile("topk_group"): lambda _, __: 1,
-        re.compile("buckets|hash_vocab"): lambda value, _: min(value, 64),
+    width = r"intermediate|ffn|n_inner|^d_inner$|d_ff|dim_ff|inner_dim|(^|_)mlp_(hidden|dim)|inner_size"
+    length = "max_position|n_positions|n_ctx|max_seq|seq_length|max_target|max_source|context_length"
+    rules: dict[str, Callable[[int, int], int]] = {
+        width: lambda _, number: 40 + 16 * number,
+        "(num|n)_.*experts$": lambda value, _: 8 if value > 4 else value,
+        "top_?k$|experts_per_tok|moe_k$|num_selected": lambda value, _: min(value, 2),
+        "rank$|_lora|low_rank": lambda value, number: min(value, 24 + 8 * number),
+        length: lambda value, _: min(value, 256),
+        "vocab_size": lambda value, _: min(value, VOCABULARY),
+        "sliding_window|window_size|chunk_size|block_size|attention_window": lambda value, _: min(value, 8),
+        "n_group$|expert_group$": lambda value, _: min(value, 2),
+        "topk_group": lambda _, __: 1,
+        "buckets|hash_vocab": lambda value, _: min(value, 64),
     }
     for pattern, new_of in rules.items():
-        names = [n for n in values if pattern.search(n) and _sizes(values[n])]
-        distinct = sorted({v for n in names for v in _sizes(values[n])})
-        new = {value: new_of(value, number) for number, value in enumerate(distinct)}
-        for name in names:
-            old = values[name]
-            values[name] = [new[v] for v in old] if isinstance(old, list) else new[old]
+        old = {n: v for n, v in values.items() if re.search(pattern, n) and _sizes(v)}
+        distinct = sorted({size for v in old.values() for size in _sizes(v)})
+        new = {size: new_of(size, number) for number, size in enumerate(distinct)}
+        values |= {n: [new[size] for size in v] if isinstance(v, list) else new[v] for n, v in old.items()}
 
 
 def _shrink_layers(
@@ -293,8 +278,7 @@ def _shrink_layers(
     key = config.attribute_map.get("num_hidden_layers", "num_hidden_layers")
     if key not in values:  # it is derived from another number
         key = next((n for n in ("num_layers", "num_decoder_layers") if n in values), key)
-    count = values.get(key)
-    if not isinstance(count, int):
+    if not isinstance(count := values.get(key), int):
         return []
     period = next((n for n, v in values.items() if "layers_per" in n and _sizes(v) and count % v == 0), None)
     if period is not None:
@@ -307,11 +291,8 @@ def _shrink_layers(
         return list(range(count))
     lists = {n: v for n, v in values.items() if isinstance(v, list) and len(v) == count and not n.startswith("_")}
     parts = _parts(values, count)
-    numbered = {
-        n: v
-        for n, v in values.items()
-        if _NUMBERED.search(n) and isinstance(v, list) and len(v) < count and set(v) <= set(range(count))
-    }
+    numbered = {n: v for n, v in values.items() if _NUMBERED.search(n) and isinstance(v, list) and len(v) < count}
+    numbered = {n: v for n, v in numbered.items() if set(v) <= set(range(count))}
     among = [[n in value for n in range(count)] for value in numbered.values()]
     columns = [*lists.values(), *parts.values(), *among, [overrides.get(n) for n in range(count)]]
     kinds = list(zip(*(map(str, column) for column in columns), strict=True))
@@ -337,9 +318,7 @@ def _shrink_layers(
 def _parts(values: Mapping[str, Any], count: int) -> dict[str, list[bool]]:
     """Fields that count consecutive layers → whether each layer is among them: shared last ones, and sections."""
     counts = {n: v for n, v in values.items() if _LAYERS.search(n) and type(v) is int and v < count}
-    parts = {
-        name: [n >= count - value for n in range(count)] for name, value in counts.items() if "shared_layers" in name
-    }
+    parts = {name: [n >= count - v for n in range(count)] for name, v in counts.items() if "shared_layers" in name}
     sections = {n: v for n, v in counts.items() if n not in parts}
     if sum(sections.values()) == count:
         owners = [name for name, value in sections.items() for _ in range(value)]

@@ -78,8 +78,7 @@ def export(model: PreTrainedModel, layers: str, stands_for: Mapping[int, tuple[i
     make_fake(model, mode)
     with mode:
         inputs = {"input_ids": torch.zeros(BATCH, TIME, dtype=torch.long), "use_cache": False}
-    # How many inputs of a layer are of hidden width, or outputs of the layers before.
-    streams = [1]
+    streams = [1]  # how many inputs of a layer are of hidden width, or outputs of the layers before
     calls: Counter[nn.Module] = Counter()
     outputs: dict[int, torch.Tensor] = {}
 
@@ -122,18 +121,14 @@ def make_fake(model: nn.Module, mode: FakeTensorMode) -> None:
     """Make all tensors fake, ties included; on the meta device, constants of the forward pass would have no values."""
     known: dict[torch.Tensor, torch.Tensor] = {}
 
-    def fake(real: torch.Tensor) -> torch.Tensor:
-        if real not in known:
-            with mode:
-                empty = torch.empty(real.shape, dtype=real.dtype)
-            known[real] = nn.Parameter(empty, requires_grad=False) if isinstance(real, nn.Parameter) else empty
-        return known[real]
-
     for module in model.modules():
         for table in (module._parameters, module._buffers):
-            for name, tensor in table.items():
-                if tensor is not None:
-                    table[name] = fake(tensor)  # type: ignore[assignment]
+            for name, real in ((name, tensor) for name, tensor in table.items() if tensor is not None):
+                if real not in known:
+                    with mode:
+                        empty = torch.empty(real.shape, dtype=real.dtype)
+                    known[real] = nn.Parameter(empty, requires_grad=False) if isinstance(real, nn.Parameter) else empty
+                table[name] = known[real]  # type: ignore[assignment]
 
 
 def keep_one_of_each(model: PreTrainedModel, layers: str) -> dict[int, tuple[int, ...]]:
@@ -151,14 +146,10 @@ def keep_one_of_each(model: PreTrainedModel, layers: str) -> dict[int, tuple[int
 
 def _signature(layer: nn.Module, number: int) -> Any:
     parameters = tuple((n, tuple(p.shape)) for n, p in layer.named_parameters())
-    attributes = tuple(
-        (path, name, value)
-        for path, module in layer.named_modules()
-        for name, value in sorted(vars(module).items())
-        if isinstance(value, bool | str | int)
-        and not (value == number and not isinstance(value, bool))
-        and name not in ("layer_idx", "layer_id", "layer_number")
-    )
+    values = [(path, *item) for path, module in layer.named_modules() for item in sorted(vars(module).items())]
+    plain = [each for each in values if isinstance(each[2], bool | str | int)]
+    own = ("layer_idx", "layer_id", "layer_number")
+    attributes = tuple(e for e in plain if e[1] not in own and (isinstance(e[2], bool) or e[2] != number))
     return tuple(type(m).__qualname__ for m in layer.modules()), parameters, attributes
 
 
@@ -190,9 +181,9 @@ class EveryPosition(TorchFunctionMode):
         if name == "nonzero" or (name == "where" and len(args) == 1 and not kwargs):
             shape = tuple(args[0].shape)
             shape = (shape[0] - self._unused,) if len(shape) == 1 else shape
-            positions = np.indices(shape).reshape(len(shape), -1).T
+            columns = np.indices(shape).reshape(len(shape), -1)
             in_columns = name == "where" or kwargs.get("as_tuple", False)
-            return tuple(map(self._constant, positions.T)) if in_columns else self._constant(positions)
+            return tuple(map(self._constant, columns)) if in_columns else self._constant(columns.T)
         if name == "__getitem__" and (index := self._numbers(args[1])) is not None and not index.ndim:
             args = (args[0], int(index))
         numbers = self._numbers(args[0]) if args else None

@@ -23,8 +23,7 @@ if TYPE_CHECKING:
 def verify(
     family: ModelFamily, config: PreTrainedConfig, *, kinds: Collection[str] | None = None, seed: int = 0
 ) -> list[Verdict]:
-    """`check_kinds` on a small model of the architecture of ``config``; kinds that it lacks are refused. Raises
-    `UnsupportedModelError` where no small model runs."""
+    """`check_kinds` on a `representative` of ``config``; kinds that it lacks are refused."""
     small, graph = representative(config, family, kinds)
     verdicts = check_kinds(family, small, graph, kinds=kinds, seed=seed)
     lacking = sorted(set(kinds or ()) - {verdict.kind for verdict in verdicts})
@@ -49,8 +48,7 @@ def representative(
     config: PreTrainedConfig, family: ModelFamily, kinds: Collection[str] | None = None
 ) -> tuple[PreTrainedConfig, CouplingGraph]:
     """A small configuration and its graph: the first that has all ``kinds`` (None: heads, if the model counts any), or
-    else the most of them. Classes that spread heads over a fixed number of parts have none with another number of
-    heads. Raises `UnsupportedModelError` when no small model can be traced."""
+    else the most of them. Raises `UnsupportedModelError` when no small model can be traced."""
     text = for_all_layers(config.get_text_config())
     heads = {ATTENTION} if getattr(text, "num_attention_heads", None) else set()
     required = heads if kinds is None else set(kinds)
@@ -62,8 +60,7 @@ def representative(
         except UnsupportedModelError as error:
             failed.append(error)
             continue
-        missing = required.difference(graph.kinds)
-        if not missing:
+        if not (missing := required.difference(graph.kinds)):
             return small, graph
         incomplete.append((len(missing), small, graph))
     if not incomplete:

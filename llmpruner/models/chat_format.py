@@ -43,10 +43,9 @@ class ChatFormat:
         than the last. ``system``: the system message. The caller adds end-of-sequence tokens, see `eos_after`."""
         pairs = []
         for question, answer in exchanges:
-            prompt, gap = self.format_prompt(question), self.answer_separator
-            if gap is None:
-                gap = " " if prompt and not prompt[-1].isspace() and not answer[:1].isspace() else ""
-            pairs.append((prompt, gap + answer))
+            prompt = self.format_prompt(question)
+            blank = " " if prompt and not prompt[-1].isspace() and not answer[:1].isspace() else ""
+            pairs.append((prompt, (blank if self.answer_separator is None else self.answer_separator) + answer))
         if system is not None:
             pairs[0] = (self.format_system(system) + pairs[0][0], pairs[0][1])
         return pairs

@@ -48,20 +48,17 @@ class ModelFamily(Component):
     def coupled_groups(self, config: PreTrainedConfig) -> Sequence[CoupledGroup] | None:
         """The coupled groups of a model with this configuration, without its weights. None, the default: they are
         discovered by tracing the model. Groups that contradict its shapes are a `CouplingError`."""
-        del config
         return None
 
     def refresh(self, model: PreTrainedModel) -> NotImplementedType | None:
         """Update attributes of modules after a cut, such as numbers of heads, by the shapes of parameters, in place.
         They are saved. Without a cut, it must change nothing. The default returns NotImplemented: the attributes that
         must follow a cut are found on a small model. A body of a docstring alone says that there are none."""
-        del model
         return NotImplemented  # type: ignore[no-any-return]
 
     def stock_configs(self, config: PreTrainedConfig) -> Sequence[PreTrainedConfig]:
         """Configurations of other stock classes for a uniformly cut model that its own class cannot represent.
         ``config``: the candidate of its own class. The results are verified against the real shapes."""
-        del config
         return ()
 
 

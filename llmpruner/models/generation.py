@@ -25,7 +25,7 @@ LOGIT_ELEMENTS = 1 << 24
 def positions_of(config: PreTrainedConfig) -> int | None:
     """The number of positions of the text model; None where its configuration sets no limit."""
     text = config.get_text_config()
-    # MPT's configuration has the second name.
+    # The second name is MPT's.
     limit = getattr(text, "max_position_embeddings", None) or getattr(text, "max_seq_len", None)
     return limit if isinstance(limit, int) and limit > 0 else None
 
@@ -37,15 +37,13 @@ def table_of(config: PreTrainedConfig) -> int | None:
 
 def check_table(config: PreTrainedConfig, tokens: int, what: str, advice: str, ref: str) -> None:
     """Raise `DataError` for more ``tokens`` than a table has positions. ``what``: names them."""
-    limit = table_of(config)
-    if limit is not None and tokens > limit:
+    if (limit := table_of(config)) is not None and tokens > limit:
         raise DataError(f"{what} are beyond the {limit:,} positions of {ref}; {advice}")
 
 
 def warn_beyond(config: PreTrainedConfig, tokens: int, what: str, advice: str, ref: str) -> None:
     """Warn of more tokens than a rotary model was trained with: it predicts worse there."""
-    limit = positions_of(config)
-    if limit is not None and tokens > limit:
+    if (limit := positions_of(config)) is not None and tokens > limit:
         _LOG.warning("%s are beyond the %s positions that %s was trained with; %s", what, f"{limit:,}", ref, advice)
 
 
@@ -62,8 +60,7 @@ def logits_at(model: PreTrainedModel, input_ids: torch.Tensor, positions: torch.
 
 
 def position_blocks(model: PreTrainedModel, input_ids: torch.Tensor, vocabulary: int) -> list[torch.Tensor]:
-    """The positions of token ids (B, T) that predict a token, 0 to T - 2, in blocks of at most `LOGIT_ELEMENTS` logits;
-    in one block for a model that computes the logits of all positions anyway."""
+    """Positions 0 to T - 2 of token ids (B, T), in blocks of at most `LOGIT_ELEMENTS` logits if the model can."""
     samples, length = input_ids.shape
     positions = torch.arange(length - 1, device=input_ids.device)
     if not computes_some_logits(model):
@@ -96,8 +93,8 @@ def generate(
         raise DataError(f"the prompt has {len(ids):,} tokens, and the model reads {limit:,}; shorten it")
     if table is not None:
         max_new_tokens = min(max_new_tokens, table - len(ids) + 1)  # the last token is not read
-    end = getattr(model.generation_config, "eos_token_id", None)
-    end = tokenizer.eos_token_id if end is None else end
+    stated = getattr(model.generation_config, "eos_token_id", None)
+    end = tokenizer.eos_token_id if stated is None else stated
     config = GenerationConfig(
         max_new_tokens=max_new_tokens,
         bos_token_id=tokenizer.bos_token_id,
@@ -159,9 +156,8 @@ class CachedModel:
         self.model = model
         with _in_one_line(model):
             self.cache = DynamicCache(config=model.config)
-        self._options: dict[str, Any] = {"cache": self.cache, "use_cache": True}
-        if computes_some_logits(model):
-            self._options["logits_to_keep"] = 1
+        some = {"logits_to_keep": 1} if computes_some_logits(model) else {}
+        self._options: dict[str, Any] = {"cache": self.cache, "use_cache": True, **some}
 
     @torch.inference_mode()
     def process(self, tokens: torch.Tensor) -> torch.Tensor:
@@ -180,10 +176,8 @@ def _in_one_line(model: PreTrainedModel) -> Iterator[None]:
     except Exception as error:  # caches and forward passes of any architecture may raise anything
         if is_out_of_memory(error):
             raise ModelError("memory is too small for so many tokens; take fewer at once") from error
-        raise UnsupportedModelError(
-            f"a {model.config.model_type} model does not run with a key/value cache, so it cannot be measured with one "
-            f"({type(error).__name__}: {first_line(error)[:160]})"
-        ) from error
+        what = f"a {model.config.model_type} model does not run with a key/value cache, so it cannot be measured with"
+        raise UnsupportedModelError(f"{what} one ({type(error).__name__}: {first_line(error)[:160]})") from error
 
 
 def cached_bytes(config: Any, item: int) -> int:
@@ -205,8 +199,7 @@ def _number(config: Any, name: str, default: int) -> int:
 
 @contextmanager
 def fast_one_token_attention() -> Iterator[None]:
-    """While active, models with the attention ``sdpa`` on a CPU compute that of a single query in each sequence, to all
-    of the keys, by matrix products. Results are those of ``sdpa`` up to rounding."""
+    """While active, ``sdpa`` on a CPU computes the attention of a single query in each sequence by matrix products."""
     # Not under a name of its own: models with sparse attention (DeepSeek-V3.2) leave its mask out unless the name is
     # "sdpa" or "eager".
     own: Any = ALL_ATTENTION_FUNCTIONS["sdpa"]
@@ -215,7 +208,6 @@ def fast_one_token_attention() -> Iterator[None]:
         module: Any, query_BHQD: Any, key_BGTD: Any, value_BGTE: Any, attention_mask: Any, **options: Any
     ) -> Any:
         batch, heads, queries, dim = query_BHQD.shape
-        # A bias of positions, soft caps, weights as a result.
         others = [options.get(name) for name in ("position_bias", "softcap", "output_attentions")]
         more = options.get("dropout") or any(value is not None and value is not False for value in others)
         # Masks of one query are left out by transformers where it attends to all tokens.

@@ -68,9 +68,9 @@ def _metadata(path: str, changed: int) -> Any:
 
 def _load_gguf_checkpoint(gguf_checkpoint_path: str, return_tensors: bool = False, *args: Any, **options: Any) -> Any:
     path = os.path.realpath(gguf_checkpoint_path)
-    if not return_tensors:
-        return copy.deepcopy(_metadata(path, Path(path).stat().st_mtime_ns))
-    return _load_original(path, return_tensors, *args, **options)
+    if return_tensors:
+        return _load_original(path, return_tensors, *args, **options)
+    return copy.deepcopy(_metadata(path, Path(path).stat().st_mtime_ns))
 
 
 def stored_twice(model: Any) -> bool:

@@ -44,13 +44,12 @@ def where(error: BaseException, model: nn.Module | None = None) -> tuple[str, st
     if model is None:
         running = (frame.f_locals.get("self") for frame, _ in frames)
         model = next((module for module in running if isinstance(module, nn.Module)), None)
-    paths = {} if model is None else {id(module): path for path, module in model.named_modules()}
+    modules = () if model is None else model.named_modules()
+    paths = {id(module): path or type(model).__name__ for path, module in modules}
     skipped = Path(torch.__file__).parent, Path(__file__).parents[1]
     statement, inside = "", ""
     for frame, line in frames:
-        path = paths.get(id(frame.f_locals.get("self")))
-        if path is not None:
-            inside = path or type(model).__name__
+        inside = paths.get(id(frame.f_locals.get("self")), inside)
         if inside and not any(map(Path(frame.f_code.co_filename).is_relative_to, skipped)):
             statement = linecache.getline(frame.f_code.co_filename, line).strip()
     return statement, inside
@@ -81,9 +80,8 @@ def in_one_line(reference: Reference) -> Iterator[None]:
         if "trust_remote_code" in str(error):
             raise ModelError(f"'{reference.ref}' needs code that the checkpoint brings; {ALLOW}") from error
         if "meta device" in str(error):  # accelerate does not name them
-            raise ModelError(
-                f"the checkpoint of '{reference.ref}' lacks tensors; it is incomplete or damaged"
-            ) from error
+            lacks = f"the checkpoint of '{reference.ref}' lacks tensors"
+            raise ModelError(f"{lacks}; it is incomplete or damaged") from error
         if not reference.gguf_file and reference.reader is None:
             # transformers does not name a damaged file.
             for file in sorted(reference.directory.glob("*.safetensors")):

@@ -28,9 +28,8 @@ def register_model_class(config: PreTrainedConfig, revision: str | None = None) 
         return
     reference = (getattr(config, "auto_map", None) or {}).get("AutoModelForCausalLM")
     if reference is None:
-        raise UnsupportedModelError(
-            f"there is no causal language model for model type '{config.model_type}' ({type(config).__name__})"
-        )
+        model_type = f"model type '{config.model_type}' ({type(config).__name__})"
+        raise UnsupportedModelError(f"there is no causal language model for {model_type}")
     if type(config).__module__.partition(".")[0] != TRANSFORMERS_DYNAMIC_MODULE_NAME:
         raise ModelError(f"the model class of '{config.name_or_path}' is code that the checkpoint brings; {ALLOW}")
     model_class = get_class_from_dynamic_module(reference, config.name_or_path, revision=revision)
@@ -55,50 +54,37 @@ def empty_model(build: Callable[[PreTrainedConfig], PreTrainedModel], config: Pr
 
 def base_of(model: PreTrainedModel) -> type[PreTrainedModel]:
     """The class of ``model``; where that is a pruned class, the dense class that it resizes."""
-    base: type[PreTrainedModel] = getattr(model, "pruned_base", type(model))
-    return base
+    return getattr(model, "pruned_base", type(model))
 
 
 def graph_of(model: PreTrainedModel, groups: Iterable[CoupledGroup]) -> CouplingGraph:
     """The coupling graph of ``groups`` and the shapes of ``model``. Raises `CouplingError` where they contradict."""
-    names: dict[int, str] = {}
-    shapes: dict[str, tuple[int, ...]] = {}
-    ties: dict[str, str] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        shapes[name] = tuple(parameter.shape)
-        first = names.setdefault(id(parameter), name)
-        if first != name:
-            ties[name] = first
+    parameters, first = dict(model.named_parameters(remove_duplicate=False)), dict[int, str]()
+    shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
+    ties = {name: tied for name, p in parameters.items() if (tied := first.setdefault(id(p), name)) != name}
     buffers = {name: tuple(buffer.shape) for name, buffer in model.named_buffers(remove_duplicate=False)}
     return CouplingGraph(tuple(groups), shapes, decoder_layers(model), ties, buffers=buffers)
 
 
 def decoder_layers(model: Any) -> str:
-    """Path of the module list of the decoder layers: of as many modules as the configuration has layers, else the
-    longest. Raises `UnsupportedModelError` when there is none."""
+    """Path of the list of as many modules as the configuration has layers, else of the longest. Raises for none."""
     # In a multimodal model, only inside the language model.
     decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
     inside = next((n for n, m in model.named_modules() if m is decoder), "")
-    lists = [
-        (len(m), -n.count("."), n)
-        for n, m in model.named_modules()
-        if isinstance(m, nn.ModuleList) and any(True for _ in m.parameters())
-    ]
+    lists = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and [*m.parameters()]]
     if not lists:
         raise UnsupportedModelError(f"{type(model).__name__} has no list of decoder layers")
     # Some classes call their head the decoder.
-    lists = [entry for entry in lists if entry[2].startswith(inside)] or lists
+    lists = [(n, m) for n, m in lists if n.startswith(inside)] or lists
     expected = getattr(model.config.get_text_config(), "num_hidden_layers", None)
-    return str(max([entry for entry in lists if entry[0] == expected] or lists)[2])
+    lists = [(n, m) for n, m in lists if len(m) == expected] or lists
+    return str(max((len(m), -n.count("."), n) for n, m in lists)[2])
 
 
 def macs_per_token(model: PreTrainedModel, graph: CouplingGraph, *, context: int = 512) -> int:
     """Multiply-accumulate operations to decode a token with ``context`` tokens in the cache: one per weight that it is
     multiplied by, and in attention ``context`` per channel, for the scores and for the values."""
-    weights = sum(
-        parameter.numel() if routed is None else parameter.numel() // parameter.shape[0] * routed
-        for _, parameter, routed in multiplied(model)
-    )
+    weights = sum(p.numel() if routed is None else p.numel() // len(p) * routed for _, p, routed in multiplied(model))
     reads = ((span, group) for group in graph.of_kinds([ATTENTION]) for span in group.spans_with(Role.CONSUMES))
     return weights + 2 * context * sum(span.index.width * group.units for span, group in reads)
 
@@ -109,9 +95,7 @@ def multiplied(model: PreTrainedModel) -> Iterator[tuple[str, nn.Parameter, int 
         if isinstance(module, nn.Embedding):
             continue
         for leaf, parameter in module.named_parameters(recurse=False):
-            name = f"{path}.{leaf}" if path else leaf
-            if parameter.ndim == 3 and not isinstance(module, nn.modules.conv._ConvNd):
-                config = model.config.get_text_config()
-                yield name, parameter, int(getattr(config, "num_experts_per_tok", parameter.shape[0]))
-            elif parameter.ndim >= 2:
-                yield name, parameter, None
+            stacked = parameter.ndim == 3 and not isinstance(module, nn.modules.conv._ConvNd)
+            routed = getattr(model.config.get_text_config(), "num_experts_per_tok", len(parameter)) if stacked else None
+            if parameter.ndim >= 2:
+                yield f"{path}.{leaf}".removeprefix("."), parameter, routed

@@ -49,24 +49,17 @@ class Structure:
         return self.reference.path
 
     def __repr__(self) -> str:
-        graph, state = self.graph, f"pruned {len(self.plans)} times" if self.plans else "not pruned"
-        return (
-            f"<{type(self).__name__} '{self.ref}': {self.config.model_type}, {graph.num_layers} layers, "
-            f"{graph.total_parameters:,} parameters, {state}>"
-        )
+        state = f"pruned {len(self.plans)} times" if self.plans else "not pruned"
+        size = f"{self.graph.num_layers} layers, {self.graph.total_parameters:,} parameters"
+        return f"<{type(self).__name__} '{self.ref}': {self.config.model_type}, {size}, {state}>"
 
     def _repr_html_(self) -> str:
         """A table for notebooks: family, layers, parameters, and the kinds of units."""
         graph = self.graph
-        rows = [
-            ("model", self.ref),
-            ("family", self.family.name),
-            ("layers", str(graph.num_layers)),
-            ("parameters", f"{graph.total_parameters:,}"),
-            ("decoder parameters", f"{graph.decoder_parameters:,}"),
-            *((f"{kind} groups", str(len(graph.of_kinds([kind])))) for kind in graph.kinds),
-        ]
-        return html_table(rows)
+        values: dict[str, object] = {"model": self.ref, "family": self.family.name, "layers": graph.num_layers}
+        values |= {"parameters": f"{graph.total_parameters:,}", "decoder parameters": f"{graph.decoder_parameters:,}"}
+        values |= {f"{kind} groups": len(graph.of_kinds([kind])) for kind in graph.kinds}
+        return html_table([(name, str(value)) for name, value in values.items()])
 
 
 @dataclass(eq=False, kw_only=True, repr=False)
@@ -98,25 +91,20 @@ class Model(Structure):
         self.unfinished = None
 
     def become(self, result: Model) -> Model:
-        """This object with all fields of ``result``, which has its weights: stages make new values, but the object that
-        the caller has must describe the weights that were changed in place."""
-        for name, value in vars(result).items():
-            setattr(self, name, value)
-        self.unfinished = None
+        """This object with all fields of ``result``: the caller's object must describe the weights changed in place."""
+        vars(self).update(vars(result), unfinished=None)
         return self
 
     def check_whole(self) -> None:
         """Raise `ModelError` for a model that is ``unfinished``."""
         if self.unfinished is not None:
-            raise ModelError(
-                f"'{self.ref}' was left half-changed by a {self.unfinished} that did not end; load the model again"
-            )
+            left = f"'{self.ref}' was left half-changed by a {self.unfinished} that did not end"
+            raise ModelError(f"{left}; load the model again")
 
     def in_tokens_of(self, trimmed: Model, *, teaching: bool = False) -> Any:
         """The network; where ``trimmed`` has fewer of its tokens, as `InTokens`."""
         rows, before = (model.network.get_input_embeddings().weight.shape[0] for model in (trimmed, self))
-        old = None if rows >= before else old_ids(self.tokenizer, trimmed.tokenizer)
-        if old is None:
+        if (old := None if rows >= before else old_ids(self.tokenizer, trimmed.tokenizer)) is None:
             return self.network
         tokenizer, whole, kept = trimmed.tokenizer, self.tokenizer, {*old}
         assert tokenizer is not None and whole is not None, "they were compared"

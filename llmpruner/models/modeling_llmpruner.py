@@ -34,7 +34,6 @@ import re
 import shutil
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -54,18 +53,17 @@ LAYERS = "layers_kept"
 """Attribute of a model from which layers were removed: the record of `drop_layers`."""
 
 _DERIVING = "deriving_class"
-_COUNTS = ("num_hidden_layers", "num_layers", "decoder_layers", "num_decoder_layers")
-_LEADING = re.compile(r"^first_k_dense_replace$|^num_dense_layers$|layer_start_index$|^max_window_layers$")
-_LAST = re.compile(r"layer_end_index$")
+_FIRST = re.compile(r"^first_k_dense_replace$|^num_dense_layers$|layer_start_index$|^max_window_layers$")
 _NUMBERED = re.compile(r"only_layers$|layer_indices$|^moe_layers$|cross_attention_layers$")
-"""Attributes of configurations: how many layers there are, how many first ones, the last one, and lists of layers."""
+"""Attributes of configurations: how many first layers there are of a kind, and lists of numbers of layers."""
 
 
 def apply_record(model: nn.Module, record: Mapping[str, Any]) -> None:
     """Give ``model``, built from the uniform configuration, the shapes and attributes of the pruned model."""
     resized: dict[int, torch.Tensor] = {}
     for name, shape in record.get("shapes", {}).items():
-        replace_tensor(model, name, partial(_corner, tuple(slice(size) for size in shape)), resized)
+        corner = tuple(slice(size) for size in shape)
+        replace_tensor(model, name, lambda tensor, corner=corner: tensor[corner].clone(), resized)  # type: ignore[misc]
     for path, values in record.get("attributes", {}).items():
         module = model.get_submodule(path)
         for name, value in values.items():
@@ -75,14 +73,9 @@ def apply_record(model: nn.Module, record: Mapping[str, Any]) -> None:
             module.register_forward_pre_hook(_pass_slice, with_kwargs=True)
     for path, values in record.get("configs", {}).items():
         module = model.get_submodule(path)
-        config = copy.deepcopy(module.config)
+        module.config = copy.deepcopy(module.config)
         for name, value in values.items():
-            setattr(config, name, value)
-        module.config = config
-
-
-def _corner(index: tuple[slice, ...], tensor: torch.Tensor) -> torch.Tensor:
-    return tensor[index].clone()
+            setattr(module.config, name, value)
 
 
 def drop_layers(model: PreTrainedModel, path: str, kept: Sequence[int]) -> None:
@@ -102,8 +95,7 @@ def drop_layers(model: PreTrainedModel, path: str, kept: Sequence[int]) -> None:
     if record is not None and "per_layer" not in record:
         # The sizes of single layers are those of an earlier cut, which the uniform model does not have.
         stated.pop(PER_LAYER, None)
-    earlier = vars(model).get(LAYERS)
-    if earlier:
+    if earlier := vars(model).get(LAYERS):
         kept, stated = [earlier["kept"][n] for n in kept], {**stated, **earlier["config"]}
     setattr(model, LAYERS, {"path": path, "kept": list(kept), "config": stated})
 
@@ -132,15 +124,16 @@ def _follow_layers(config: PreTrainedConfig, count: int, kept: Sequence[int]) ->
             new = [kept.index(n) for n in value if n in kept]
         elif name in lists:
             new = [value[n] for n in kept]
-        elif type(value) is int and _LEADING.search(name):
+        elif type(value) is int and _FIRST.search(name):
             new = sum(n < value for n in kept)
-        elif type(value) is int and _LAST.search(name):
+        elif type(value) is int and name.endswith("layer_end_index"):
             new = sum(n <= value for n in kept) - 1
         if new != value:
             before[name] = value
             setattr(config, name, new)
     overrides = layer_overrides(config)
-    for name in (getattr(config, "attribute_map", {}).get(n, n) for n in _COUNTS):
+    counts = ("num_hidden_layers", "num_layers", "decoder_layers", "num_decoder_layers")
+    for name in (getattr(config, "attribute_map", {}).get(n, n) for n in counts):
         if vars(config).get(name) == count:
             before[name] = count
             setattr(config, name, len(kept))
@@ -171,8 +164,7 @@ def per_layer_lists(config: PreTrainedConfig, count: int) -> dict[str, list[Any]
 
 
 def slice_argument(module: nn.Module, argument: str, axis: int, units: int, kept: Sequence[int]) -> None:
-    """From now on ``module`` is given only the ``kept`` of every ``units`` entries of an argument along ``axis``: of
-    what the rest of the model computes for all heads (ALiBi slopes), the entries of the heads that stay."""
+    """Pass ``module`` only the ``kept`` of every ``units`` entries of an argument along ``axis`` (slopes of ALiBi)."""
     earlier = getattr(module, SLICED, None)
     if earlier is None:
         module.register_forward_pre_hook(_pass_slice, with_kwargs=True)
@@ -184,8 +176,7 @@ def slice_argument(module: nn.Module, argument: str, axis: int, units: int, kept
 
 def _pass_slice(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
     argument, axis, units, *kept = getattr(module, SLICED)
-    tensor = kwargs.get(argument)
-    if tensor is None:
+    if (tensor := kwargs.get(argument)) is None:
         return args, kwargs
     index = torch.tensor(kept, device=tensor.device)
     split = tensor.unflatten(axis, (-1, units)).index_select(axis + 1, index)
@@ -195,8 +186,7 @@ def _pass_slice(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
 def replace_tensor(
     model: nn.Module, name: str, change: Callable[[torch.Tensor], torch.Tensor], replaced: dict[int, torch.Tensor]
 ) -> None:
-    """Put ``change`` of a parameter or buffer in its place. ``replaced``: id of an old tensor → the new one, as tied
-    parameters are one object and must stay one."""
+    """Put ``change`` of a parameter or buffer in its place. ``replaced``: id of the old → the new, for tied ones."""
     path, _, leaf = name.rpartition(".")
     module = model.get_submodule(path)
     table: dict[str, Any] = module._parameters if leaf in module._parameters else module._buffers
@@ -229,8 +219,7 @@ def follow_shape(module: nn.Module, leaf: str) -> None:
 
 @contextlib.contextmanager
 def _as_built(config: PreTrainedConfig) -> Iterator[None]:
-    """Let ``config`` describe the uniform model with all layers: transformers warns when it reads sizes of all layers
-    next to those of single ones."""
+    """Let ``config`` describe the uniform model: transformers warns of sizes of all layers next to single ones."""
     record: Mapping[str, Any] = getattr(config, "llmpruner", {})
     layers = record.get("layers", {"config": {}})
     text = config.get_text_config()
@@ -255,8 +244,7 @@ class PrunedConfigMixin:
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
         base = base_class(self.llmpruner)  # type: ignore[attr-defined]
         classes = {"AutoConfig": type(self), "AutoModelForCausalLM": pruned_model(base)}
-        headless = headless_class(base)
-        if headless is not None:
+        if headless := headless_class(base):
             classes["AutoModel"] = pruned_model(headless)
         self.auto_map = {name: f"{CODE_NAME}.{each.__name__}" for name, each in classes.items()}
         write_code(Path(save_directory), base)
@@ -299,22 +287,19 @@ class PrunedModelMixin:
         record = config.llmpruner
         if self.pruned_base.__name__ != record["base"]:
             record = without_head(record, self.pruned_base.base_model_prefix)
-        layers = record.get("layers")
         with _as_built(config):
             super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
-            if layers:
+            if layers := record.get("layers"):
                 drop_layers(self, layers["path"], layers["kept"])
         apply_record(self, record)  # type: ignore[arg-type]
 
     @classmethod
     def is_custom_code(cls) -> bool:
-        """As the stock class, whose code fills the buffers that are not saved: transformers does not initialise modules
-        of custom code without tensors of their own."""
+        """As the stock class: in custom code, transformers would not fill the buffers that are not saved."""
         return bool(cls.pruned_base.is_custom_code())
 
     def initialize_weights(self) -> None:
-        """Skips parameters that stay in files (``device_map`` with ``disk``): they have no values, and some stock
-        classes (Mamba) would make some in the sizes of the dense model."""
+        """Skips parameters that stay in files, for which some classes (Mamba) would make values in dense sizes."""
         for parameter in self.parameters():  # type: ignore[attr-defined]
             if parameter.is_meta:
                 parameter._is_hf_initialized = True
@@ -369,17 +354,16 @@ def headless_class(base: type[PreTrainedModel]) -> type[PreTrainedModel] | None:
     # Some model types map to several classes, of which the first is the default.
     mapped: Any = MODEL_MAPPING.get(base.config_class, None)
     headless: type[PreTrainedModel] | None = mapped[0] if isinstance(mapped, tuple) else mapped
-    below = headless is not None and headless.base_model_prefix == base.base_model_prefix != ""
-    return headless if below and headless is not base else None
+    below = headless and headless is not base and headless.base_model_prefix == base.base_model_prefix != ""
+    return headless if below else None
 
 
 def without_head(record: Mapping[str, Any], prefix: str) -> dict[str, Any]:
     """The part of a record on the model below ``prefix``, with the names that it has there."""
 
     def inside(values: Mapping[str, Any]) -> dict[str, Any]:
-        start = f"{prefix}."
-        itself = {"": values[prefix]} if prefix in values else {}
-        return itself | {name.removeprefix(start): value for name, value in values.items() if name.startswith(start)}
+        below = {name: value for name, value in values.items() if f"{name}.".startswith(f"{prefix}.")}
+        return {name.removeprefix(prefix).removeprefix("."): value for name, value in below.items()}
 
     kept = {**record, **{part: inside(record[part]) for part in ("shapes", "attributes", "configs") if part in record}}
     if "layers" in record:
@@ -425,9 +409,9 @@ class _OnDemand(type):
         if "llmpruner" not in config_dict:
             return cls._stock().from_dict(config_dict, **kwargs)
         base = base_class(config_dict["llmpruner"])
-        model_class, headless = pruned_model(base), headless_class(base)
+        model_class = pruned_model(base)
         AutoModelForCausalLM.register(model_class.config_class, model_class, exist_ok=True)
-        if headless is not None:
+        if headless := headless_class(base):
             AutoModel.register(model_class.config_class, pruned_model(headless), exist_ok=True)
         return model_class.config_class.from_dict(config_dict, **kwargs)
 

@@ -21,13 +21,11 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 _NORMS = frozenset({functional.layer_norm, torch.layer_norm, functional.group_norm, torch.group_norm})
-_IN_16_BITS = frozenset({torch.bfloat16, torch.float16})
 
 
 def dtype_of(structure: Structure, options: LoadSettings) -> torch.dtype:
     """The dtype that the weights have in memory, or will have."""
-    loaded: Any = getattr(structure, "network", None)  # of a `Model`
-    if loaded is not None:
+    if loaded := getattr(structure, "network", None):  # of a `Model`
         return cast("torch.dtype", loaded.dtype)
     if options.dtype != "auto":
         return cast("torch.dtype", getattr(torch, options.dtype))
@@ -44,10 +42,8 @@ def widened(structure: Structure, options: LoadSettings) -> str | None:
     """A line for a model that takes more room once it is saved than it was stored in; None for others."""
     if options.dtype != "auto" or stored_dtype(structure) != torch.float16 or dtype_of(structure, options).itemsize < 4:
         return None
-    return (
-        f"'{structure.ref}' is stored in float16, and is loaded and saved as float32, in which a CPU computes; --dtype "
-        "float16 keeps it"
-    )
+    what = f"'{structure.ref}' is stored in float16, and is loaded and saved as float32, in which a CPU computes"
+    return f"{what}; --dtype float16 keeps it"
 
 
 def stored_dtype(structure: Structure) -> torch.dtype | None:
@@ -87,8 +83,8 @@ class _WideNorms(TorchFunctionMode):
 
 
 def _wide(value: Any, dtype: torch.dtype) -> Any:
-    other = isinstance(value, torch.Tensor) and value.dtype in _IN_16_BITS and value.dtype != dtype
-    return value.float() if other else value
+    in_16_bits = isinstance(value, torch.Tensor) and value.dtype in (torch.bfloat16, torch.float16)
+    return value.float() if in_16_bits and value.dtype != dtype else value
 
 
 def computes_bfloat16_fast(model: nn.Module) -> bool:
@@ -99,13 +95,11 @@ def computes_bfloat16_fast(model: nn.Module) -> bool:
 
 def with_fast_products(model: nn.Module, run: Callable[[], T]) -> T:
     """``run()``, with products in bfloat16 where that is faster and the model's operators accept it (not DBRX)."""
-    if not computes_bfloat16_fast(model):
-        return run()
-    try:
-        with torch.autocast(next(model.parameters()).device.type, torch.bfloat16):
+    if computes_bfloat16_fast(model):
+        fast = torch.autocast(next(model.parameters()).device.type, torch.bfloat16)
+        with contextlib.suppress(RuntimeError), fast:  # another cause raises again below
             return run()
-    except RuntimeError:  # another cause raises again
-        return run()
+    return run()
 
 
 def multiplies_bfloat16_fast(device: str) -> bool:
@@ -137,8 +131,7 @@ def first_not_finite(tensors: Iterable[tuple[str, torch.Tensor]]) -> str | None:
     for name, tensor in tensors:
         for part in stored_parts(tensor):
             # Minimum and maximum are NaN where any value is, and need no copy of the tensor.
-            is_float = part.is_floating_point() and part.numel()
-            if is_float and not all(torch.isfinite(bound) for bound in torch.aminmax(part.detach())):
+            if part.is_floating_point() and part.numel() and not torch.stack(part.detach().aminmax()).isfinite().all():
                 return name
     return None
 

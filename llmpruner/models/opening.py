@@ -1,5 +1,4 @@
-"""Opening a model with its weights: in memory, or read from safetensors files layer by layer. Code in a checkpoint does
-not run unless the caller allows it."""
+"""Opening a model with its weights: in memory, or read from safetensors files layer by layer."""
 
 from __future__ import annotations
 
@@ -38,6 +37,8 @@ if TYPE_CHECKING:
 
 _LOG = logging.getLogger("llmpruner")
 
+_WITH_INFO = {"output_loading_info": True, "ignore_mismatched_sizes": True}
+
 
 def load_model(structure: Structure, options: LoadSettings | None = None) -> Model:
     """The model of ``structure``, pruned or not, on ``options.device``, in evaluation mode; an adapter is merged.
@@ -59,23 +60,22 @@ def load_model(structure: Structure, options: LoadSettings | None = None) -> Mod
 
 
 def _read_model(structure: Structure, options: LoadSettings) -> PreTrainedModel:
-    reference, dtype = structure.reference, dtype_of(structure, options)
+    reference, dtype, trusted = structure.reference, dtype_of(structure, options), options.trust_remote_code
     if structure.record is not None:
-        return load_pruned(
-            reference.directory, dtype=dtype, device=options.device, trust_remote_code=options.trust_remote_code
-        )
+        return load_pruned(reference.directory, dtype=dtype, device=options.device, trust_remote_code=trusted)
     if reference.reader is not None:
         with in_one_line(reference):
             return reference.reader.read_model(reference.directory, dtype)
     check_weights(reference.directory)
-    model, info = from_pretrained(
-        AutoModelForCausalLM, reference, dtype=dtype, trust_remote_code=options.trust_remote_code,
-        output_loading_info=True, ignore_mismatched_sizes=True,
-    )  # fmt: skip
+    model, info = from_pretrained(AutoModelForCausalLM, reference, dtype=dtype, trust_remote_code=trusted, **_WITH_INFO)
     check_loaded(reference.ref, model, info)
     if reference.gguf_file:
         forget_gguf()
-        forget_quantisation(model)
+        # Of the file's quantisation; they prevent training and saving.
+        for name in ("quantization_config", "_pre_quantization_dtype"):
+            vars(model.config).pop(name, None)
+        for name in ("hf_quantizer", "is_quantized", "quantization_method"):
+            vars(model).pop(name, None)
         if stored_twice(model):
             _LOG.warning(
                 "'%s' holds its embedding twice, as the head in another quantisation: %.0f M parameters too many; "
@@ -83,15 +83,6 @@ def _read_model(structure: Structure, options: LoadSettings) -> PreTrainedModel:
                 reference.ref, model.get_output_embeddings().weight.numel() / 1e6,
             )  # fmt: skip
     return model
-
-
-def forget_quantisation(model: Any) -> None:
-    """Remove the marks of quantisation from a dequantised model: they prevent training and saving."""
-    for name in ("quantization_config", "_pre_quantization_dtype"):
-        if hasattr(model.config, name):
-            delattr(model.config, name)
-    for name in ("hf_quantizer", "is_quantized", "quantization_method"):
-        vars(model).pop(name, None)
 
 
 def load_pruned(
@@ -112,13 +103,10 @@ def load_pruned(
     place = Path(path)
     base = adapter_base(place)
     check_weights(place)
+    attention: Any = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
     if base is not None:
-        model = load_pruned(
-            base, dtype=dtype, device=device, attn_implementation=attn_implementation,
-            trust_remote_code=trust_remote_code,
-        )  # fmt: skip
+        model = load_pruned(base, dtype=dtype, device=device, trust_remote_code=trust_remote_code, **attention)
         return with_adapter(model, place)
-    attention = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
     try:
         model, info = _loaded(path, trust_remote_code, dtype=dtype or "auto", use_safetensors=True, **attention)
     except Exception as error:  # classes of configurations and the libraries of weights raise what they like
@@ -129,24 +117,19 @@ def load_pruned(
     return model.to(device).eval()
 
 
+@quiet_transformers()
 def _loaded(path: str | Path, trust_remote_code: bool, **options: Any) -> Any:
     """(model, loading information) by transformers; tensors of another shape are in the information, and no error."""
-    options |= {"trust_remote_code": trust_remote_code, "output_loading_info": True, "ignore_mismatched_sizes": True}
-    with quiet_transformers():
-        return model_class(path, trust_remote_code).from_pretrained(str(path), **options)
-
-
-def model_class(path: str | Path, trust_remote_code: bool) -> Any:
-    """The class that loads ``path``: for a shim checkpoint, the pruned class in its record; else the auto class."""
     config, _ = PreTrainedConfig.get_config_dict(str(path))
-    if "llmpruner" not in config:
-        return AutoModelForCausalLM
-    try:
-        return pruned_model(base_class(config["llmpruner"]))
-    except ValueError as error:
-        if trust_remote_code:
-            return pruned_class(path)
-        raise ValueError(f"{first_line(error)}; the checkpoint contains a copy: {ALLOW}") from error
+    model_class: Any = AutoModelForCausalLM
+    if "llmpruner" in config:
+        try:
+            model_class = pruned_model(base_class(config["llmpruner"]))
+        except ValueError as error:
+            if not trust_remote_code:
+                raise ValueError(f"{first_line(error)}; the checkpoint contains a copy: {ALLOW}") from error
+            model_class = pruned_class(path)
+    return model_class.from_pretrained(str(path), trust_remote_code=trust_remote_code, **_WITH_INFO, **options)
 
 
 def pruned_class(directory: str | Path) -> type[PreTrainedModel]:
@@ -175,10 +158,10 @@ def with_adapter(model: PreTrainedModel, path: Path) -> Any:
             warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`", category=FutureWarning)
             adapted = PeftModel.from_pretrained(model, str(path)).eval()
         weights = path / "adapter_model.safetensors"
-        if weights.is_file():  # there are older formats
-            unknown = set(names_in(weights)) - get_peft_model_state_dict(adapted).keys()
-            if unknown:
-                raise ValueError(f"the model has no place for its tensor {min(unknown)}")
+        # There are older formats.
+        stored = set(names_in(weights)) if weights.is_file() else set()
+        if unknown := stored - get_peft_model_state_dict(adapted).keys():
+            raise ValueError(f"the model has no place for its tensor {min(unknown)}")
         return adapted
     except Exception as error:
         base = model.config.name_or_path
@@ -186,11 +169,9 @@ def with_adapter(model: PreTrainedModel, path: Path) -> Any:
 
 
 def open_streamed(structure: Structure, options: LoadSettings, scratch: Path | None = None) -> Model:
-    """`load_model` for a model whose weights are read from their files layer by layer; `why_not_streamed` must be None.
-    ``scratch``: see `CheckpointWeights`."""
+    """`load_model` with `CheckpointWeights`, which read layer by layer; `why_not_streamed` must be None."""
     check_weights(structure.reference.directory)
-    tokenizer = load_tokenizer(structure, options)
-    weights = open_weights(structure, options, scratch)
+    tokenizer, weights = load_tokenizer(structure, options), open_weights(structure, options, scratch)
     return Model(**vars(structure), network=weights.model, tokenizer=tokenizer, streamed=weights)
 
 
@@ -258,16 +239,13 @@ def _offloaded(model: nn.Module) -> Mapping[str, torch.Tensor]:
     for module in model.modules():
         hook = getattr(module, "_hf_hook", None)
         for each in getattr(hook, "hooks", (hook,)):
-            weights = getattr(each, "weights_map", None)
-            if weights is not None:
-                stored: Mapping[str, torch.Tensor] = getattr(weights, "dataset", weights)
-                return stored
+            if (weights := getattr(each, "weights_map", None)) is not None:
+                return cast("Mapping[str, torch.Tensor]", getattr(weights, "dataset", weights))
     raise CheckpointError("accelerate keeps none of this model's weights on disk")
 
 
 def _tie(directory: Path, model: PreTrainedModel, stored: Mapping[str, torch.Tensor]) -> None:
-    """Tie what the configuration ties and the files hold twice: transformers leaves two parameters where it has no
-    values to compare. Raises `CheckpointError` where the values differ."""
+    """Tie what the configuration ties and the files hold twice. `CheckpointError` where the values differ."""
     loaded = dict(model.named_parameters(remove_duplicate=False))
     model.tie_weights()
     tied = dict(model.named_parameters(remove_duplicate=False))
@@ -279,15 +257,12 @@ def _tie(directory: Path, model: PreTrainedModel, stored: Mapping[str, torch.Ten
 
 def tied_differ(directory: Path, name: str, other: str) -> CheckpointError:
     """For parameters that the configuration ties, and that are stored with different values."""
-    return CheckpointError(
-        f"{directory}: {name} and {other} differ, but the configuration ties them; "
-        'set "tie_word_embeddings": false in config.json'
-    )
+    differ = f"{directory}: {name} and {other} differ, but the configuration ties them"
+    return CheckpointError(f'{differ}; set "tie_word_embeddings": false in config.json')
 
 
 def reopened(pruned: Model, directory: Path, *, trust_remote_code: bool) -> Model:
-    """``pruned``, which was streamed from the files of the dense model, streamed from ``directory``, where it was
-    saved. ``pruned`` itself where it is in memory, or this process does not see the directory."""
+    """A streamed ``pruned``, from now on of the files in ``directory``, where it was saved and this process sees it."""
     if pruned.streamed is None or not (directory / "config.json").is_file():
         return pruned
     weights = CheckpointWeights(
@@ -300,7 +275,6 @@ def reopened(pruned: Model, directory: Path, *, trust_remote_code: bool) -> Mode
 def why_not_streamed(structure: Structure, *, cuts: bool = True) -> str | None:
     """Why a model cannot be read layer by layer; None if it can. ``cuts``: whether it will be cut."""
     reference = structure.reference
-    shares = any(structure.graph.is_decoder(name) for name in structure.graph.ties)
     convert = f"convert it once by llmpruner export {structure.ref} --to stock -o DIR, and take DIR"
     reasons = {
         "it is an adapter, which is added to a model in memory": reference.adapter is not None,
@@ -312,15 +286,14 @@ def why_not_streamed(structure: Structure, *, cuts: bool = True) -> str | None:
         ),
         "it was pruned before, and is loaded as a whole": cuts and bool(structure.plans),
         "it is quantised": stored_value(structure, "quantization_config") is not None,
-        "its layers share parameters": shares,
+        "its layers share parameters": any(map(structure.graph.is_decoder, structure.graph.ties)),
     }
     return next((reason for reason, applies in reasons.items() if applies), None)
 
 
 def check_loaded(text: str, model: PreTrainedModel, info: Mapping[str, Any]) -> None:
-    """Raise `ModelError` for tensors that are missing (transformers initialises them randomly), of another shape, or of
-    a module that does not use them (a bias without ``bias`` in the configuration); warn of tensors of modules that the
-    model does not have (a second head, buffers of older versions). ``info``: the loading information."""
+    """Raise `ModelError` for tensors that are missing, of another shape, or not used by their module; warn of those of
+    modules that the model does not have (a second head, buffers of older versions)."""
     missing = sorted(map(str, info["missing_keys"]))
     # transformers adds both shapes to the name.
     wrong = sorted(key if isinstance(key, str) else str(key[0]) for key in info["mismatched_keys"])
@@ -342,8 +315,6 @@ def check_loaded(text: str, model: PreTrainedModel, info: Mapping[str, Any]) -> 
 def check_shapes(model: PreTrainedModel, graph: CouplingGraph, text: str) -> None:
     """Raise `ModelError` for a parameter of another shape than ``graph`` gives. ``text``: the reference."""
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        expected = graph.shapes.get(name)
-        if expected is None or tuple(parameter.shape) != expected:
-            raise ModelError(
-                f"'{text}': parameter '{name}' has shape {tuple(parameter.shape)}, its configuration gives {expected}"
-            )
+        shape, expected = tuple(parameter.shape), graph.shapes.get(name)
+        if shape != expected:
+            raise ModelError(f"'{text}': parameter '{name}' has shape {shape}, its configuration gives {expected}")

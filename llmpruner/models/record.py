@@ -36,9 +36,8 @@ def read_record(path: str | Path) -> dict[str, Any] | None:
 
 def read_any_record(path: str | Path) -> dict[str, Any] | None:
     """The JSON object in ``llmpruner.json``, else in ``llmpruner-files.json``; None where neither is."""
-    record = read_record(path)
-    file = Path(path) / ORIGIN_FILE
-    return read_json(file) if record is None and file.is_file() else record
+    files = (Path(path) / RECORD_FILE, Path(path) / ORIGIN_FILE)
+    return next((read_json(file) for file in files if file.is_file()), None)
 
 
 def sha256(file: Path) -> str:
@@ -53,13 +52,11 @@ def sha256(file: Path) -> str:
 def sampled_sha256(file: Path) -> str:
     """Of the size and 64 evenly spaced pieces of 64 KiB: tells two models apart without reading all weights."""
     size = file.stat().st_size
-    if size <= _SAMPLES * _SAMPLE:
-        return hashlib.sha256(str(size).encode() + file.read_bytes()).hexdigest()
-    digest = hashlib.sha256(str(size).encode())
+    digest, small = hashlib.sha256(str(size).encode()), size <= _SAMPLES * _SAMPLE
     with file.open("rb") as stream:
-        for number in range(_SAMPLES):
-            stream.seek(number * (size - _SAMPLE) // (_SAMPLES - 1))
-            digest.update(stream.read(_SAMPLE))
+        for start in [0] if small else (n * (size - _SAMPLE) // (_SAMPLES - 1) for n in range(_SAMPLES)):
+            stream.seek(start)
+            digest.update(stream.read(size if small else _SAMPLE))
     return digest.hexdigest()
 
 
@@ -68,10 +65,9 @@ def write_record(record: Path, values: Mapping[str, Any]) -> None:
     directory = record.parent
     files = sorted(file for file in directory.rglob("*") if file.is_file() and file != record)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        sums = pool.map(sha256, files)
         facts = {
             file.relative_to(directory).as_posix(): {"bytes": file.stat().st_size, "sha256": digest}
-            for file, digest in zip(files, sums, strict=True)
+            for file, digest in zip(files, pool.map(sha256, files), strict=True)
         }
     text = json.dumps({**values, "files": facts}, indent=1, allow_nan=False)
     record.write_text(text + "\n", encoding="utf-8")
@@ -79,8 +75,7 @@ def write_record(record: Path, values: Mapping[str, Any]) -> None:
 
 def recorded_files(record: Mapping[str, Any] | None) -> dict[str, tuple[int, str]] | None:
     """Path → size and hash; None for a record of an earlier version, which has none. Raises `CheckpointError`."""
-    entries = None if record is None else record.get("files")
-    if entries is None:
+    if (entries := (record or {}).get("files")) is None:
         return None
     try:
         return {str(name): (int(entry["bytes"]), str(entry["sha256"])) for name, entry in entries.items()}
@@ -101,10 +96,8 @@ def damaged_files(directory: Path, recorded: Mapping[str, tuple[int, str]], *, h
 
 
 def check_weights(directory: Path) -> None:
-    """Raise `CheckpointError` for weights that were damaged after llmpruner wrote them. Hashes: up to `HASHED`
-    bytes."""
-    record = read_any_record(directory)
-    if record is None:
+    """Raise `CheckpointError` for weights that were damaged after llmpruner wrote them, see `HASHED`."""
+    if (record := read_any_record(directory)) is None:
         return  # indexes of other models are not always right
     recorded = recorded_files(record) or {}
     weights = {name: facts for name, facts in recorded.items() if Path(name).suffix in WEIGHTS}

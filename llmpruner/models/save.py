@@ -122,41 +122,33 @@ def _rebuilt(model: PreTrainedModel, family: ModelFamily | None, weights: Weight
                 raise
             raise UnsupportedModelError(f"{why_it_stops(error)}; prune other kinds of units") from error
     of_layers = cache(partial(per_layer_sizes, model, config))
-    stock = stock_model(model, config, family, of_layers)
-    if stock is not None and _fill(stock, model):
+    if (stock := stock_model(model, config, family, of_layers)) is not None and _fill(stock, model):
         of_stock = weights.like(stock)
         with of_stock.outside():
             if gives_logits(expected, stock):
                 return of_stock
-    pruned = shim_model(model, config, of_layers())
-    if not _fill(pruned, model):
-        raise CheckpointError(
-            f"{type(model).__name__} has buffers that a checkpoint cannot keep; they must be persistent"
-        )
+    if not _fill(pruned := shim_model(model, config, of_layers()), model):
+        lost = "buffers that a checkpoint cannot keep; they must be persistent"
+        raise CheckpointError(f"{type(model).__name__} has {lost}")
     of_pruned = weights.like(pruned)
     with of_pruned.outside():
         if not gives_logits(expected, pruned):
-            raise CheckpointError(
-                f"the rebuilt model gives other outputs than the cut {type(model).__name__}: "
-                "something was changed that is neither a tensor nor a plain attribute of a module"
-            )
+            why = "something was changed that is neither a tensor nor a plain attribute of a module"
+            raise CheckpointError(f"the rebuilt model gives other outputs than the cut {type(model).__name__}: {why}")
     return of_pruned
 
 
 def shim_model(model: PreTrainedModel, config: PreTrainedConfig, sizes: dict[int, dict[str, int]]) -> PreTrainedModel:
-    """An instance of the pruned class, without weights, with the shapes and attributes of ``model``. ``config``: the
-    stock configuration that ``model`` was cut from. ``sizes``: `per_layer_sizes`."""
+    """A pruned class without weights, with the shapes and attributes of ``model``. ``sizes``: `per_layer_sizes`."""
     base = base_of(model)
-    module = None
-    if getattr(transformers, base.__name__, None) is not base:
-        # The module of a class that was loaded from a checkpoint's code is named as in the original installation.
-        earlier: Mapping[str, Any] = getattr(model.config, "llmpruner", None) or {}
-        module = earlier.get("module") or base.__module__
+    # The module of a class that was loaded from a checkpoint's code is named as in the original installation.
+    earlier: Mapping[str, Any] = getattr(model.config, "llmpruner", None) or {}
+    outside = getattr(transformers, base.__name__, None) is not base
+    module = (earlier.get("module") or base.__module__) if outside else None
     record = {"version": 1, "base": base.__name__, "module": module, **derive(model, config)}
     pruned = pruned_model(base)
     values = {k: v for k, v in config.to_dict().items() if k != "model_type"}
-    overrides = layer_overrides(config)
-    if overrides is not None:
+    if (overrides := layer_overrides(config)) is not None:
         record["per_layer"] = overrides
     if sizes or overrides:
         values["per_layer_config"] = overrides or sizes
@@ -168,8 +160,7 @@ def shim_model(model: PreTrainedModel, config: PreTrainedConfig, sizes: dict[int
 
 
 def derive(model: PreTrainedModel, config: PreTrainedConfig) -> dict[str, Any]:
-    """The record that turns an instance of ``config`` into ``model``, for `apply_record`. Raises `CheckpointError` when
-    one of the two has a parameter that the other lacks."""
+    """The record for `apply_record` that turns an instance of ``config`` into ``model``. Raises `CheckpointError`."""
     built = uncut_model(model, config)
     before, after = tensor_shapes(built), tensor_shapes(model)
     # A cut buffer is saved even where the class itself computes it.
@@ -181,22 +172,18 @@ def derive(model: PreTrainedModel, config: PreTrainedConfig) -> dict[str, Any]:
     apply_record(built, {"shapes": shapes})
     attributes: dict[str, dict[str, Any]] = {}
     configs: dict[str, dict[str, Any]] = {}
-    modules = dict(built.named_modules())
-    exchanged = [path for path, _ in model.named_modules() if path not in modules]
-    for path, module in model.named_modules():
-        if path not in modules:
-            continue
+    modules, own = dict(built.named_modules()), dict(model.named_modules())
+    exchanged = own.keys() - modules.keys()
+    for path, module in ((path, module) for path, module in own.items() if path in modules):
         # A class that replaces modules while it runs does so again, so which mode it is in (text) is not stored.
         kinds = _NUMBERS if any(e.startswith(path and f"{path}.") for e in exchanged) else _PLAIN
         ours, theirs = plain_attributes(module, kinds), vars(modules[path])
-        changed = {n: v for n, v in ours.items() if theirs.get(n) != v}
-        if changed:
+        if changed := {n: v for n, v in ours.items() if theirs.get(n) != v}:
             attributes[path] = changed
         own_config = vars(module).get("config")
         if own_config is not None and own_config is not vars(model).get("config"):
             stored = _plain_values(modules[path].config)
-            changed = {n: v for n, v in _plain_values(own_config).items() if n in stored and stored[n] != v}
-            if changed:
+            if changed := {n: v for n, v in _plain_values(own_config).items() if n in stored and stored[n] != v}:
                 configs[path] = changed
     record = {"layers": vars(model).get(LAYERS), "shapes": shapes, "attributes": attributes, "configs": configs}
     return {key: value for key, value in record.items() if value}
@@ -217,8 +204,7 @@ def stock_config(model: PreTrainedModel) -> PreTrainedConfig:
             values["per_layer_config"] = config.llmpruner["per_layer"]
         config = model.pruned_base.config_class.from_dict(values)
         config._attn_implementation = model.config._attn_implementation
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
+    vars(config).pop("quantization_config", None)
     return config
 
 
@@ -239,9 +225,8 @@ def _fill(rebuilt: PreTrainedModel, model: PreTrainedModel) -> bool:
 
 def dummy_logits(model: PreTrainedModel) -> torch.Tensor:
     """Logits (B, T, V) of ``model.dummy_inputs``, a few tokens."""
-    device = model.get_input_embeddings().weight.device
+    device, training = model.get_input_embeddings().weight.device, model.training
     inputs = {name: tensor.to(device) for name, tensor in model.dummy_inputs.items()}
-    training = model.training
     model.eval()
     with torch.no_grad():
         logits: torch.Tensor = model(**inputs, use_cache=False).logits.float()
@@ -272,42 +257,35 @@ def save_tokenizer(tokenizer: Any, directory: Path) -> None:
 
 
 def _check_finite(tensors: Mapping[str, torch.Tensor]) -> None:
-    damaged = first_not_finite(tensors.items())
-    if damaged is not None:
+    if damaged := first_not_finite(tensors.items()):
         raise CheckpointError(f"{damaged} holds NaN or infinite values; the model was not saved")
 
 
 def valid_generation_config(model: PreTrainedModel) -> GenerationConfig | None:
     """The generation configuration in a form that transformers saves: published models set sampling options without
     ``do_sample``, and a padding token of -1. Where nothing else helps, its special tokens alone."""
-    generation = copy.deepcopy(model.generation_config)
-    if generation is None:
+    if (generation := copy.deepcopy(model.generation_config)) is None:
         return None
-    names = ("bos_token_id", "eos_token_id", "pad_token_id")
-    for name in names:
-        value = getattr(generation, name, None)
-        setattr(generation, name, None if isinstance(value, int) and value < 0 else value)
+    tokens = {name: getattr(generation, name, None) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    tokens = {name: None if isinstance(value, int) and value < 0 else value for name, value in tokens.items()}
+    vars(generation).update(tokens)
     sampling = copy.deepcopy(generation)
     sampling.do_sample = True
     for candidate in (generation, sampling):
         with contextlib.suppress(Exception):  # values of any type, of which it expects some
             candidate.validate(strict=True)
             return candidate
-    return GenerationConfig(**{name: getattr(generation, name) for name in names})
+    return GenerationConfig(**tokens)
 
 
 def add_earlier_names(directory: Path, attribute_map: Mapping[str, str]) -> None:
-    """State the rotary embedding and the number of experts in ``config.json`` under the earlier names as well, for
-    programs that know no others. ``attribute_map``: the other names that the configuration's class reads."""
+    """State rotary embedding and number of experts by the earlier names too, for programs that know no others."""
     file = directory / "config.json"
     config = read_json(file)
-    names: dict[str, Any] = {}
+    names = {name: config[own] for name, own in attribute_map.items() if own == "num_local_experts" and own in config}
     rope = dict(config.get("rope_parameters") or {})
     if "rope_theta" in rope:
-        names = {name: rope.pop(name) for name in ("rope_theta", "partial_rotary_factor") if name in rope}
+        names |= {name: rope.pop(name) for name in ("rope_theta", "partial_rotary_factor") if name in rope}
         if rope.get("rope_type", "default") != "default":
             names["rope_scaling"] = rope
-    experts = "num_local_experts"
-    if experts in config:
-        names |= {name: config[experts] for name, own in attribute_map.items() if own == experts}
     file.write_text(json.dumps({**config, **names}, indent=2, sort_keys=True) + "\n", encoding="utf-8")

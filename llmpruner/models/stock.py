@@ -10,6 +10,7 @@ import copy
 import re
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import suppress
 from itertools import islice, product
 from typing import TYPE_CHECKING, Any
 
@@ -36,10 +37,7 @@ EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_expe
 HEADS = ("num_attention_heads", "num_key_value_heads")
 """Common names of sizes in transformers; configurations with other names map them (``attribute_map``)."""
 
-_NO_WIDTHS = frozenset((*WIDTHS, *EXPERTS, *HEADS, "hidden_size", "vocab_size", "num_hidden_layers"))
-
 MAX_CANDIDATES = 24
-_RUN_STATE = frozenset({"training", "gradient_checkpointing", "name_or_path", "max_seq_len_cached"})
 
 
 def stock_model(
@@ -72,8 +70,7 @@ def stock_model(
 
 def uncut_model(model: PreTrainedModel, config: PreTrainedConfig) -> PreTrainedModel:
     """An instance of ``config``, without weights, with the layers that ``model`` has, at their full size."""
-    layers = vars(model).get(LAYERS)
-    if not layers:
+    if not (layers := vars(model).get(LAYERS)):
         return empty_model(base_of(model), config)
     config = copy.deepcopy(config)
     set_values(config.get_text_config(), layers["config"])
@@ -89,17 +86,15 @@ def tensor_shapes(model: nn.Module) -> Shapes:
 
 def plain_attributes(module: nn.Module, kinds: tuple[type, ...]) -> dict[str, Any]:
     """Public attributes of ``module`` whose values are of ``kinds``, or tuples or lists of them."""
-    plain = {}
-    for name, value in vars(module).items():
-        values = value if isinstance(value, (tuple, list)) and value else (value,)
-        if not name.startswith("_") and name not in _RUN_STATE and all(isinstance(v, kinds) for v in values):
-            plain[name] = value
-    return plain
+    run_state = ("training", "gradient_checkpointing", "name_or_path", "max_seq_len_cached")
+    plain = {n: v for n, v in vars(module).items() if not n.startswith("_") and n not in run_state}
+    several = {n: v if isinstance(v, (tuple, list)) and v else (v,) for n, v in plain.items()}
+    return {n: v for n, v in plain.items() if all(isinstance(each, kinds) for each in several[n])}
 
 
 def is_same(model: nn.Module, other: nn.Module, moved: Collection[Change]) -> bool:
-    """Whether two models have tensors of the same shapes, the same numeric attributes, and equal buffers. ``moved``:
-    sizes that changed in the configuration; an attribute of ``model`` that nothing reads may still have the old one."""
+    """Whether shapes, numbers in attributes, and buffers are equal. ``moved``: an old and a new size may differ too, as
+    of attributes that nothing reads."""
     if tensor_shapes(model) != tensor_shapes(other):
         return False
     modules, others = dict(model.named_modules()), dict(other.named_modules())
@@ -107,21 +102,18 @@ def is_same(model: nn.Module, other: nn.Module, moved: Collection[Change]) -> bo
         return False
     for path, module in modules.items():
         ours, theirs = (plain_attributes(each, (int, float, bool)) for each in (module, others[path]))
-        if ours.keys() != theirs.keys():
+        if ours.keys() != theirs.keys() or not all(
+            value == theirs[name] or (type(value) is int and (value, theirs[name]) in moved)
+            for name, value in ours.items()
+        ):
             return False
-        for name, value in ours.items():
-            followed = type(value) is int and (value, theirs[name]) in moved
-            if value != theirs[name] and not followed:
-                return False
     return same_buffers(model, other)
 
 
 def same_buffers(model: nn.Module, other: nn.Module) -> bool:
     """Whether the buffers that are not saved are equal, up to the rounding of a cast to 16 bits."""
     saved, others = tensor_shapes(model).keys(), dict(other.named_buffers())
-    for name, buffer in model.named_buffers():
-        if name in saved:
-            continue
+    for name, buffer in ((n, b) for n, b in model.named_buffers() if n not in saved):
         twin = others.get(name)
         if twin is None or twin.shape != buffer.shape:
             return False
@@ -133,12 +125,9 @@ def same_buffers(model: nn.Module, other: nn.Module) -> bool:
 
 def changed_axes(before: Shapes, after: Shapes) -> Counter[Change]:
     """How many axes of tensors changed from each size to each other size."""
-    axes: Counter[Change] = Counter()
-    for name, shape in after.items():
-        old = before.get(name, shape)
-        if len(old) == len(shape):
-            axes.update((a, b) for a, b in zip(old, shape, strict=True) if a != b)
-    return axes
+    pairs = ((before.get(name, shape), shape) for name, shape in after.items())
+    sizes = (zip(old, new, strict=True) for old, new in pairs if len(old) == len(new))
+    return Counter((a, b) for axes in sizes for a, b in axes if a != b)
 
 
 def size_options(config: PreTrainedConfig, axes: Mapping[Change, int]) -> dict[str, list[int]]:
@@ -169,15 +158,14 @@ def size_options(config: PreTrainedConfig, axes: Mapping[Change, int]) -> dict[s
 
 
 def other_widths(config: PreTrainedConfig, axes: Mapping[Change, int]) -> dict[str, list[int]]:
-    """`size_options` for widths of other names: attributes with the size of a changed axis (OPT's ``ffn_dim``, Falcon's
-    ``ffn_hidden_size``), and widths that are left open (GPT-2's ``n_inner``)."""
+    """`size_options` for widths of other names (OPT's ``ffn_dim``), and those left open (GPT-2's ``n_inner``)."""
     options: dict[str, list[int]] = {}
     for name, value in vars(config).items():
-        if name in _NO_WIDTHS or name.endswith("_id") or name.startswith("_"):
+        known = name in (*WIDTHS, *EXPERTS, *HEADS, "hidden_size", "vocab_size", "num_hidden_layers")
+        if known or name.endswith("_id") or name.startswith("_"):
             continue
         is_open = value is None and re.search("inner|ffn|intermediate", name)
-        sizes = [new for old, new in axes if new and (is_open or (type(value) is int and old == value))]
-        if sizes:
+        if sizes := [new for old, new in axes if new and (is_open or (type(value) is int and old == value))]:
             options[name] = list(dict.fromkeys(sizes))
     return options
 
@@ -201,11 +189,9 @@ def with_sizes(config: PreTrainedConfig, sizes: Mapping[str, float]) -> PreTrain
     text = changed.get_text_config()
     for name, value in sizes.items():
         setattr(text, name, value)
-    if "head_dim" in (text.per_layer_attributes or ()):
-        return changed
-    head_dim = head_size(for_all_layers(config.get_text_config()))
-    if hasattr(text, "head_dim") and not isinstance(getattr(type(text), "head_dim", None), property):
-        text.head_dim = head_dim
+    differs = "head_dim" in (text.per_layer_attributes or ())
+    if not differs and hasattr(text, "head_dim") and not isinstance(getattr(type(text), "head_dim", None), property):
+        text.head_dim = head_size(for_all_layers(config.get_text_config()))
     return changed
 
 
@@ -226,15 +212,12 @@ def _candidates(
     options = {n: v for n, v in size_options(text, axes).items() if n not in differs}
     rows, hidden = model.get_input_embeddings().weight.shape
     old_rows, old_hidden = reference.get_input_embeddings().weight.shape
-    always = {}
-    for name, old, new in (("hidden_size", old_hidden, hidden), ("vocab_size", old_rows, rows)):
-        if getattr(text, name) == old != new:
-            always[name] = new
+    always = (("hidden_size", old_hidden, hidden), ("vocab_size", old_rows, rows))
     floats = _moved_floats(model, reference, text)
     others = {n: v for n, v in other_widths(text, axes).items() if n not in differs}
     for named in [options, options | others] if others else [options]:
         for chosen in choices(text, named):
-            sizes = {**chosen, **always}
+            sizes = {**chosen, **{name: new for name, old, new in always if getattr(text, name) == old != new}}
             candidate = with_sizes(config, {**sizes, **floats})
             moved: list[Change] = []
             for name, new in sizes.items():
@@ -252,16 +235,14 @@ def _per_layer_candidates(
     """Configurations with ``per_layer_config``, for the classes that obey it. ``sizes``: `per_layer_sizes`."""
     if not sizes:
         return
-    moved = [
-        (getattr(config.per_layer_config[number], name), new)
-        for number, changed in sizes.items()
-        for name, new in changed.items()
-    ]
-    layers = merged(layer_overrides(config), sizes)
+    layers = ((config.per_layer_config[number], changed) for number, changed in sizes.items())
+    moved = [(getattr(layer, name), new) for layer, changed in layers for name, new in changed.items()]
+    overrides = layer_overrides(config) or {}
+    per_layer = {n: {**overrides.get(n, {}), **sizes.get(n, {})} for n in sorted(overrides.keys() | sizes.keys())}
     # A class may read a size of all layers where it means a default; transformers refuses that unless it is allowed.
     for allowed in (False, True):
         candidate = copy.deepcopy(config)
-        candidate.per_layer_config = copy.deepcopy(layers)
+        candidate.per_layer_config = copy.deepcopy(per_layer)
         candidate.allow_global_per_layer_attribute_access = allowed
         yield candidate, moved
 
@@ -278,10 +259,8 @@ def _moved_floats(model: nn.Module, reference: nn.Module, config: PreTrainedConf
     values: dict[float, set[float]] = {}
     modules = dict(model.named_modules())
     for path, module in reference.named_modules():
-        if path not in modules:
-            continue
         for name, old in plain_attributes(module, (float,)).items():
-            new = vars(modules[path]).get(name)
+            new = getattr(modules.get(path), name, None)
             if isinstance(old, float) and isinstance(new, float) and new != old:
                 values.setdefault(old, set()).add(new)
     floats = {n: v for n, v in config.to_dict().items() if isinstance(v, float)}
@@ -289,18 +268,16 @@ def _moved_floats(model: nn.Module, reference: nn.Module, config: PreTrainedConf
 
 
 def per_layer_sizes(model: PreTrainedModel, config: PreTrainedConfig) -> LayerSizes:
-    """Layer number → sizes that differ from ``config``, for ``per_layer_config``. Each layer's sizes are verified by
-    building one such layer. Empty unless they represent all layers."""
+    """Layer number → sizes that differ from ``config``, verified by building such layers; empty if one has none."""
     layers, before, after = decoder_layers(model), tensor_shapes(uncut_model(model, config)), tensor_shapes(model)
-    if any(before.get(name) != shape for name, shape in after.items() if not name.startswith(f"{layers}.")):
-        return {}
-    text = config.get_text_config()
-    if text is not config or getattr(config, "num_hidden_layers", None) != len(model.get_submodule(layers)):
-        # ``per_layer_config`` numbers the layers of the configuration that contains it.
+    count = len(model.get_submodule(layers))
+    outside = any(before.get(name) != shape for name, shape in after.items() if not name.startswith(f"{layers}."))
+    # ``per_layer_config`` numbers the layers of the configuration that contains it.
+    if outside or config.get_text_config() is not config or getattr(config, "num_hidden_layers", None) != count:
         return {}
     sizes: LayerSizes = {}
     types = vars(config).get(getattr(config, "attribute_map", {}).get("layer_types", "layer_types"))
-    for n in range(len(model.get_submodule(layers))):
+    for n in range(count):
         prefix = f"{layers}.{n}."
         old, new = _shapes_in(prefix, before), _shapes_in(prefix, after)
         if old == new:
@@ -312,26 +289,15 @@ def per_layer_sizes(model: PreTrainedModel, config: PreTrainedConfig) -> LayerSi
             return {}
         if types:
             single.layer_types = [types[n]]
-        layer = _layer_sizes(base_of(model), single, f"{layers}.0.", old, new)
-        if layer is None:
+        for chosen in choices(single, size_options(single, changed_axes(old, new))):
+            with suppress(Exception):  # constructors refuse sizes by any of them
+                shapes = tensor_shapes(empty_model(base_of(model), with_sizes(single, chosen)))
+                if _shapes_in(f"{layers}.0.", shapes) == new:
+                    sizes[n] = chosen
+                    break
+        else:
             return {}
-        sizes[n] = layer
     return sizes
-
-
-def _layer_sizes(
-    model_class: type[PreTrainedModel], config: PreTrainedConfig, prefix: str, before: Shapes, after: Shapes
-) -> dict[str, int] | None:
-    """Sizes with which the only layer of a model of ``config`` has the shapes ``after``; None if there are none."""
-    text = config.get_text_config()
-    for sizes in choices(text, size_options(text, changed_axes(before, after))):
-        try:
-            shapes = tensor_shapes(empty_model(model_class, with_sizes(config, sizes)))
-        except Exception:
-            continue
-        if _shapes_in(prefix, shapes) == after:
-            return sizes
-    return None
 
 
 def _shapes_in(prefix: str, shapes: Shapes) -> Shapes:
@@ -346,9 +312,3 @@ def for_all_layers(config: PreTrainedConfig) -> PreTrainedConfig:
     plain = copy.deepcopy(config)
     plain.per_layer_config = None
     return plain
-
-
-def merged(overrides: dict[int, dict[str, Any]] | None, sizes: LayerSizes) -> dict[int, dict[str, Any]]:
-    """``per_layer_config`` after a cut: the ``overrides`` of the model, replaced by the new ``sizes``."""
-    overrides = overrides or {}
-    return {n: {**overrides.get(n, {}), **sizes.get(n, {})} for n in sorted(overrides.keys() | sizes.keys())}

@@ -34,8 +34,7 @@ def cut_tensors(model: PreTrainedModel, graph: CouplingGraph, kept: Kept) -> Cou
     sizes = {model.get_submodule(name.rpartition(".")[0]): size for name, size in norms(graph, kept).items()}
     for module, (before, after, _) in sizes.items():
         for name in ("variance_epsilon", "eps", "epsilon"):
-            epsilon = getattr(module, name, None)
-            if isinstance(epsilon, float):
+            if isinstance(epsilon := getattr(module, name, None), float):
                 setattr(module, name, epsilon * before / after)
     for name, units in kept.items():
         if graph.by_name[name].kind == VOCABULARY:
@@ -51,8 +50,8 @@ def cut_tensors(model: PreTrainedModel, graph: CouplingGraph, kept: Kept) -> Cou
 
 
 def silence(model: PreTrainedModel, graph: CouplingGraph, kept: Kept) -> None:
-    """Silence all units that ``kept`` leaves out, in place: zero the weights that consume them, and where a norm is
-    computed over the units, those that produce them. Raises `PlanError` for layers, which zeros do not silence."""
+    """Silence the units that ``kept`` leaves out, in place: zero the weights that consume them, and under a norm, those
+    that produce them. Raises `PlanError` for layers, which zeros do not silence."""
     check_kept(graph, kept)
     for name, units in kept.items():
         group = graph.by_name[name]
@@ -61,9 +60,7 @@ def silence(model: PreTrainedModel, graph: CouplingGraph, kept: Kept) -> None:
         removed = sorted(set(range(group.units)) - set(units))
         # A normalised query head whose query is zero still attends, to all positions alike: its output must go too.
         roles = {Role.PRODUCES, Role.CONSUMES} if group.is_normalized else {Role.CONSUMES}
-        for span in group.cut_spans:
-            if span.role not in roles:
-                continue
+        for span in (span for span in group.cut_spans if span.role in roles):
             path, _, leaf = span.parameter.rpartition(".")
             tensor = getattr(model.get_submodule(path), leaf)
             index = torch.tensor(span.indices(removed), dtype=torch.long, device=tensor.device)
@@ -98,9 +95,8 @@ class CutValues:
 
 
 def norms(graph: CouplingGraph, kept: Kept) -> dict[str, tuple[int, int, float]]:
-    """Weight of an RMS norm → the number of its entries before and after the cut, and what is added to them. The mean
-    runs over all entries, of whichever groups: a norm over two copies of the residual stream has two spans of one
-    group, and one over all heads spans of key/value and of query heads."""
+    """Weight of an RMS norm → the number of its entries before and after the cut, of all groups together (a norm over
+    all heads has spans of key/value and of query heads), and what is added to them."""
     spans = (span for name in kept for span in graph.by_name[name].spans_with(Role.NORM))
     offsets = {(span.parameter, span.axis): span.offset for span in spans}
     sizes: dict[str, tuple[int, int, float]] = {}

@@ -40,11 +40,10 @@ def load_tokenizer(structure: Structure, options: LoadSettings) -> Any | None:
     registered = config_class in TOKENIZER_MAPPING and not config_class.__module__.startswith("transformers.")
     trusted = options.trust_remote_code and not registered
     tokenizer = from_pretrained(AutoTokenizer, reference, trust_remote_code=trusted, **extra)
-    if reference.gguf_file:
-        pre = gguf_reader(reference.directory / reference.gguf_file).fields.get("tokenizer.ggml.pre")
-        if pre is not None:
-            # Saved with the tokenizer: transformers does not keep it, and a GGUF file of the pruned model needs it.
-            tokenizer.init_kwargs[RECORDED_PRE] = str(pre.contents())
+    fields = gguf_reader(reference.directory / reference.gguf_file).fields if reference.gguf_file else {}
+    if pre := fields.get("tokenizer.ggml.pre"):
+        # Saved with the tokenizer: transformers does not keep it, and a GGUF file of the pruned model needs it.
+        tokenizer.init_kwargs[RECORDED_PRE] = str(pre.contents())
     return tokenizer
 
 
@@ -71,8 +70,7 @@ def tokens_of(tokenizer: Any, text: str) -> list[int]:
 
 
 def ids_to_continue(tokenizer: Any, text: str, *, special: bool) -> list[int]:
-    """The token ids of a text that goes on, such as a prompt. ``special``: with what the tokenizer puts before a text,
-    but without the end-of-sequence token that it may put after one (``add_eos_token``)."""
+    """The token ids of a prompt. ``special``: with what the tokenizer puts before a text, but no end of sequence."""
     ids = list(tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"])
     eos = tokenizer.eos_token_id
     if special and eos is not None and ids[-1:] == [eos]:
@@ -93,16 +91,13 @@ def predicted_tokens(model: Any) -> int:
 
 def check_one_head(reference: Any, model: Any) -> None:
     """Raise `ModelError` for models that predict different numbers of tokens, so not the same tokens."""
-    expected, predicted = predicted_tokens(reference), predicted_tokens(model)
-    if expected != predicted:
-        raise ModelError(
-            f"the model predicts {predicted} tokens and the reference {expected}; KL divergence needs one vocabulary"
-        )
+    if (expected := predicted_tokens(reference)) != (predicted := predicted_tokens(model)):
+        counts = f"the model predicts {predicted} tokens and the reference {expected}"
+        raise ModelError(f"{counts}; KL divergence needs one vocabulary")
 
 
 def padding_id(tokenizer: Any, model: Any, others: Iterable[int | None] = ()) -> int:
-    """A token for padding. Padding is masked, but looked up in the embeddings all the same: the tokenizer's, unless
-    ``model`` has no row for it; else one of ``others``, the end of the sequence, or 0."""
+    """A token for padding that ``model`` has a row for: the tokenizer's, one of ``others``, the last of texts, or 0."""
     rows = model.get_input_embeddings().weight.shape[0]
     candidates = (tokenizer.pad_token_id, *others, tokenizer.eos_token_id, 0)
     return next(int(token) for token in candidates if token is not None and 0 <= token < rows)
@@ -111,10 +106,9 @@ def padding_id(tokenizer: Any, model: Any, others: Iterable[int | None] = ()) ->
 def with_padding(tokenizer: Any, model: Any) -> Any:
     """``tokenizer``, or a copy of it with `padding_id` as its padding token: the original is saved with the model."""
     token = padding_id(tokenizer, model)
-    if token == tokenizer.pad_token_id:
-        return tokenizer
-    tokenizer = copy.deepcopy(tokenizer)
-    tokenizer.pad_token = tokenizer.convert_ids_to_tokens(token)
+    if token != tokenizer.pad_token_id:
+        tokenizer = copy.deepcopy(tokenizer)
+        tokenizer.pad_token = tokenizer.convert_ids_to_tokens(token)
     return tokenizer
 
 
@@ -123,7 +117,6 @@ def check_ids(ids: torch.Tensor, model: Any) -> torch.Tensor:
     rows = model.get_input_embeddings().weight.shape[0]
     largest = int(ids.max()) if ids.numel() else -1
     if largest >= rows:
-        raise DataError(
-            f"the tokenizer gives token {largest}, and the model has {rows} embeddings: it is that of another model"
-        )
+        differ = f"the tokenizer gives token {largest}, and the model has {rows} embeddings"
+        raise DataError(f"{differ}: it is that of another model")
     return ids

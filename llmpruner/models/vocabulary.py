@@ -24,7 +24,7 @@ from ..errors import PlanError, UnsupportedModelError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-_BYTE = re.compile("<0x[0-9A-F]{2}>")
+
 _IDS = re.compile("token_(id|index)s?$|^(begin_)?suppress_tokens$|^padding_idx$")
 """Names of configurations, and of attributes of modules, whose values are token ids."""
 _NEVER = -1e4  # a logit of probability 0
@@ -36,12 +36,10 @@ class Vocabulary:
     """The tokens of a tokenizer of the `tokenizers` library: BPE, Unigram or WordPiece; raises for any other."""
 
     def __init__(self, tokenizer: Any) -> None:
-        backend = getattr(tokenizer, "backend_tokenizer", None)
-        if backend is None:
-            what = "no tokenizer" if tokenizer is None else f"a {type(tokenizer).__name__}"
-            raise UnsupportedModelError(
-                f"tokens are removed from the model and from a tokenizer of the tokenizers library, and it has {what}"
-            )
+        if (backend := getattr(tokenizer, "backend_tokenizer", None)) is None:
+            has = "it has no tokenizer" if tokenizer is None else f"it has a {type(tokenizer).__name__}"
+            need = "tokens are removed from the model and from a tokenizer of the tokenizers library"
+            raise UnsupportedModelError(f"{need}, and {has}")
         self._spec: dict[str, Any] = json.loads(backend.to_str())
         self._model: dict[str, Any] = self._spec["model"]
         if self._model["type"] not in ("BPE", "Unigram", "WordPiece"):
@@ -59,32 +57,29 @@ class Vocabulary:
     @cached_property
     def required(self) -> frozenset[int]:
         """The ids that always stay: special and added tokens, bytes, single characters, and what no merge gives."""
-        added = {token["id"] for token in self._spec["added_tokens"]}
-        prefix = self._model.get("continuing_subword_prefix") or ""
-        unknown = self._model.get("unk_token")
-        single = {
+        prefix, unknown = self._model.get("continuing_subword_prefix") or "", self._model.get("unk_token")
+        stay = {token["id"] for token in self._spec["added_tokens"]} | {
             number
             for token, number in self.ids.items()
-            if len(token.removeprefix(prefix)) <= 1 or _BYTE.fullmatch(token) or token == unknown
+            if len(token.removeprefix(prefix)) <= 1 or re.fullmatch("<0x[0-9A-F]{2}>", token) or token == unknown
         }
         if self._model["type"] == "Unigram" and self._model.get("unk_id") is not None:
-            single.add(self._model["unk_id"])
+            stay.add(self._model["unk_id"])
         if self._model["type"] == "BPE":
             made = {left + right for left, right in self._ranks}
-            single.update(number for token, number in self.ids.items() if token not in made)
-        return frozenset(added | single)
+            stay.update(number for token, number in self.ids.items() if token not in made)
+        return frozenset(stay)
 
     @cached_property
     def parts(self) -> Mapping[int, tuple[int, ...]]:
         """Id → the ids of the two tokens that BPE merges into this one."""
-        ranks = self._ranks
         made: dict[str, list[Pair]] = {}
-        for left, right in ranks:
+        for left, right in self._ranks:
             made.setdefault(left + right, []).append((left, right))
         parts = {}
         for token, pairs in made.items():
             # Most tokens have one merge; of several, it is the one that encoding the token itself ends with.
-            pair = pairs[0] if len(pairs) == 1 else last_merge(token, ranks)
+            pair = pairs[0] if len(pairs) == 1 else last_merge(token, self._ranks)
             if pair is not None and token in self.ids:
                 parts[self.ids[token]] = (self.ids[pair[0]], self.ids[pair[1]])
         return parts
@@ -102,13 +97,11 @@ class Vocabulary:
         """Raise `PlanError` unless ``kept`` has what `trimmed` needs. ``rows``: of the embedding."""
         stay = {*kept}
         needed = {*self.required, *(part for whole, parts in self.parts.items() if whole in stay for part in parts)}
-        lost = sorted(number for number in needed - stay if number < rows)
-        if lost:
+        if lost := sorted(number for number in needed - stay if number < rows):
             raise PlanError(f"the plan removes {len(lost)} tokens that others or the tokenizer need, first {lost[0]}")
 
     def trimmed(self, kept: Iterable[int]) -> Any:
-        """A copy of the tokenizer with the tokens ``kept`` alone, numbered anew in order. ``kept``: rows of the
-        embedding, with `required` and `parts` of each. Added tokens may have no row."""
+        """A copy with the tokens ``kept``, numbered anew in order; they include `required`, and `parts` of each."""
         new = {old: number for number, old in enumerate(sorted({*kept, *self.required}))}
         spec = copy.deepcopy(self._spec)
         model = spec["model"]
@@ -119,10 +112,8 @@ class Vocabulary:
         else:
             model["vocab"] = {token: new[number] for token, number in self.ids.items() if number in new}
         if model["type"] == "BPE":
-            stay = model["vocab"]
-            model["merges"] = [
-                [left, right] for left, right in self._ranks if left in stay and right in stay and left + right in stay
-            ]
+            stay = model["vocab"].keys()
+            model["merges"] = [[a, b] for a, b in self._ranks if {a, b, a + b} <= stay]
         for token in spec["added_tokens"]:
             token["id"] = new[token["id"]]
         spec["post_processor"] = _renumbered(spec.get("post_processor"), new)
@@ -132,13 +123,12 @@ class Vocabulary:
         trimmed._tokenizer = Tokenizer.from_str(json.dumps(spec))
         # A file of sentencepiece has the whole vocabulary.
         trimmed.vocab_file = None
-        trimmed.init_kwargs = {name: value for name, value in trimmed.init_kwargs.items() if name != "vocab_file"}
+        trimmed.init_kwargs.pop("vocab_file", None)
         return trimmed
 
 
 def removable_tokens(model: PreTrainedModel, tokenizer: Any) -> frozenset[int]:
-    """The rows of the embedding that may go: all but those of tokens that ``tokenizer`` or the configurations of
-    ``model`` need, and of their parts. Raises `UnsupportedModelError` as `Vocabulary`."""
+    """The rows of the embedding that may go: ``tokenizer`` and configurations need the others."""
     vocabulary = Vocabulary(tokenizer)
     stay = {*vocabulary.required, *named_tokens(model)}
     for whole, parts in vocabulary.longest_first():
@@ -159,10 +149,9 @@ def whole_first(scores: torch.Tensor, tokenizer: Any) -> torch.Tensor:
 
 def last_merge(token: str, ranks: Mapping[Pair, int]) -> Pair | None:
     """The last two tokens that BPE merges when it encodes ``token``; None where it does not get there."""
-    symbols = list(token)
-    pair: Pair | None = None
+    symbols, pair = list(token), None
     while len(symbols) > 1:
-        pairs = [(symbols[n], symbols[n + 1]) for n in range(len(symbols) - 1)]
+        pairs = list(pairwise(symbols))
         lowest = min(range(len(pairs)), key=lambda n: ranks.get(pairs[n], len(ranks)))
         pair = pairs[lowest]
         if pair not in ranks:
@@ -174,10 +163,7 @@ def last_merge(token: str, ranks: Mapping[Pair, int]) -> Pair | None:
 def _renumbered(processor: Any, new: Mapping[int, int]) -> Any:
     """A post-processor with new ids: ``{"ids": [1]}`` in templates, ``["</s>", 2]`` in those of BERT and RoBERTa."""
     if isinstance(processor, dict):
-        return {
-            key: [new[i] for i in value] if key == "ids" else _renumbered(value, new)
-            for key, value in processor.items()
-        }
+        return {k: [new[i] for i in v] if k == "ids" else _renumbered(v, new) for k, v in processor.items()}
     if isinstance(processor, list):
         if len(processor) == 2 and isinstance(processor[0], str) and isinstance(processor[1], int):
             return [processor[0], new[processor[1]]]
@@ -187,16 +173,12 @@ def _renumbered(processor: Any, new: Mapping[int, int]) -> Any:
 
 def named_tokens(model: PreTrainedModel) -> frozenset[int]:
     """The ids of tokens that the configurations of ``model`` name."""
-    named: set[int] = set()
-    for config in _configs(model):
-        for _, value in _token_ids(config):
-            named.update(value if isinstance(value, list | tuple) else [value])
-    return frozenset(named)
+    values = [value for config in _configs(model) for _, value in _token_ids(config)]
+    return frozenset(token for value in values for token in (value if isinstance(value, list | tuple) else [value]))
 
 
 def renumber(model: PreTrainedModel, kept: Sequence[int], before: int) -> None:
-    """Set the new ids of tokens that configurations and modules of ``model`` name, and the vocabulary size, which was
-    ``before``. ``kept``: the ids that stay, in ascending order; others leave lists, or become None."""
+    """Set the new ids of tokens that configurations and modules name, and the vocabulary size, which was ``before``."""
     new = {old: number for number, old in enumerate(kept)}
     for owner in (*_configs(model), *model.modules()):
         for name, value in _token_ids(owner):
@@ -251,9 +233,7 @@ class InTokens(nn.Module):
 
     def read(self, ids: Sequence[int]) -> tuple[list[int], list[int]]:
         """The tokens of ``model`` that ``ids`` are, and at which of ``ids`` each of them ends."""
-        tokens: list[int] = []
-        ends: list[int] = []
-        start = 0
+        tokens, ends, start = list[int](), list[int](), 0
         while start < len(ids):
             parts = (tuple(ids[start : start + length]) for length in range(self.longest[ids[start]], 0, -1))
             whole = next(part for part in parts if part in self.wholes)

@@ -7,6 +7,7 @@ read when a layer is called. A *part* is the number of a decoder layer, or None 
 from __future__ import annotations
 
 import contextlib
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any
@@ -70,7 +71,7 @@ class StreamedWeights(Weights):
     def __init__(self, model: PreTrainedModel, path: str, device: torch.device) -> None:
         super().__init__(model, path)
         self.device = device
-        self._users: dict[int | None, int] = {}
+        self._users: Counter[int | None] = Counter()
         self._kept: dict[int | None, Path] = {}
         self._meta: dict[int | None, dict[str, nn.Parameter]] = {}
         for name, parameter in model.named_parameters(remove_duplicate=False):
@@ -119,23 +120,20 @@ class StreamedWeights(Weights):
         return read_and_run
 
     def _enter(self, part: int | None) -> None:
-        self._users[part] = self._users.get(part, 0) + 1
+        self._users[part] += 1
         if self._users[part] > 1:
             return
         for name, tensor in self.read(part).items():
             path, _, leaf = name.rpartition(".")
             module = self.model.get_submodule(path)
-            if leaf in module._buffers:
-                module._buffers[leaf] = tensor
-            else:
-                module._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
+            is_buffer = leaf in module._buffers
+            setattr(module, leaf, tensor if is_buffer else nn.Parameter(tensor, requires_grad=False))
         if part is None:
             self.model.tie_weights()
         if part in self._kept:
             super().use(self._kept[part])
         for name in self._names.get(part, ()):
-            parameter = self.model.get_parameter(name)
-            parameter.requires_grad_(False)
+            parameter = self.model.get_parameter(name).requires_grad_(False)
             if parameter.device != self.device:
                 parameter.data = parameter.data.to(self.device)
 

@@ -44,8 +44,7 @@ class Role(str, Enum):
 
 @dataclass(frozen=True, slots=True)
 class Blocks:
-    """Regular index map: unit ``u`` owns the ``width`` indices from ``start + u·stride`` to
-    ``start + u·stride + width − 1``. ``stride`` defaults to ``width``."""
+    """Regular map: unit ``u`` owns ``width`` indices from ``start + u·stride`` on. ``stride``: None: ``width``."""
 
     units: int
     width: int = 1
@@ -63,11 +62,9 @@ class Blocks:
         return range(first, first + self.width)
 
     def __str__(self) -> str:
-        stride = self.step
-        stop = self.start + (self.units - 1) * stride + self.width
-        step = "" if self.width == stride == 1 else f", {self.width} per unit"
-        step += f" every {stride}" if stride != self.width else ""
-        return f"{self.start}:{stop}{step}"
+        stop = self.start + (self.units - 1) * self.step + self.width
+        each = "" if self.width == self.step == 1 else f", {self.width} per unit"
+        return f"{self.start}:{stop}{each}" + (f" every {self.step}" if self.step != self.width else "")
 
 
 @dataclass(frozen=True, slots=True)
@@ -234,16 +231,13 @@ class CouplingGraph:
                 self._check(group, span, self.shapes, "parameter")
             for span in group.buffers:
                 self._check(group, span, self.buffers, "buffer")
-            self._check_layer(group)
-
-    def _check_layer(self, group: CoupledGroup) -> None:
-        if group.kind == LAYER and group.units != self.num_layers:
-            raise CouplingError(f"group '{group.name}' has {group.units} layers, and the decoder {self.num_layers}")
-        layers = {self.layer_of(span.parameter) for span in group.spans}
-        layer = layers.pop() if len(layers) == 1 else None
-        if layer != group.layer:
-            where = "not in one layer alone" if layer is None else f"in layer {layer}"
-            raise CouplingError(f"group '{group.name}' is {where}: give it layer={layer}, not {group.layer}")
+            if group.kind == LAYER and group.units != self.num_layers:
+                raise CouplingError(f"group '{group.name}' has {group.units} layers, and the decoder {self.num_layers}")
+            layers = {self.layer_of(span.parameter) for span in group.spans}
+            layer = layers.pop() if len(layers) == 1 else None
+            if layer != group.layer:
+                where = "not in one layer alone" if layer is None else f"in layer {layer}"
+                raise CouplingError(f"group '{group.name}' is {where}: give it layer={layer}, not {group.layer}")
 
     def _check(self, group: CoupledGroup, span: Span, shapes: Mapping[str, tuple[int, ...]], what: str) -> None:
         shape, name = shapes.get(span.parameter), f"group '{group.name}'"
@@ -299,8 +293,5 @@ class CouplingGraph:
         """Number of parameters that removing one unit alone removes (for layers, the mean over units)."""
         if group.kind == LAYER:
             return self.decoder_parameters // group.units
-        return sum(
-            span.index.width * prod(self.shapes[span.parameter]) // self.shapes[span.parameter][span.axis]
-            for span in group.spans
-            if span.parameter not in self.ties
-        )
+        spans = ((s, self.shapes[s.parameter]) for s in group.spans if s.parameter not in self.ties)
+        return sum(span.index.width * prod(shape) // shape[span.axis] for span, shape in spans)

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 from ..errors import PlanError
 from .coupling import LAYER, Blocks, CoupledGroup, CouplingGraph, IndexMap, Span, in_layer, index_map, layer_number
@@ -40,8 +41,7 @@ def compose(graph: CouplingGraph, first: Kept, second: Kept) -> dict[str, tuple[
 def check_kept(graph: CouplingGraph, kept: Kept) -> None:
     """Raise `PlanError` unless ``kept`` names known groups, known units, and obeys every group's constraints."""
     for name, units in kept.items():
-        group = graph.by_name.get(name)
-        if group is None:
+        if (group := graph.by_name.get(name)) is None:
             raise PlanError(f"the plan cuts group '{name}', which this model does not have")
         if list(units) != sorted(set(units)) or (units and not 0 <= units[0] <= units[-1] < group.units):
             raise PlanError(f"group '{name}': kept units must be increasing and within 0…{group.units - 1}")
@@ -69,9 +69,8 @@ def kept_indices(graph: CouplingGraph, kept: Kept, prefix: str = "") -> dict[tup
         for span in spans:
             removed.setdefault((span.parameter, span.axis), set()).update(span.indices(gone))
     for alias, name in aliases.items():
-        for axis in range(len(graph.shapes[name])):
-            if (name, axis) in removed:
-                removed.setdefault((alias, axis), set()).update(removed[name, axis])
+        for axis in (axis for axis in range(len(graph.shapes[name])) if (name, axis) in removed):
+            removed.setdefault((alias, axis), set()).update(removed[name, axis])
     return {
         (name, axis): [i for i in range((graph.shapes.get(name) or graph.buffers[name])[axis]) if i not in gone]
         for (name, axis), gone in removed.items()
@@ -81,8 +80,8 @@ def kept_indices(graph: CouplingGraph, kept: Kept, prefix: str = "") -> dict[tup
 
 def restrict(graph: CouplingGraph, kept: Kept) -> CouplingGraph:
     """The coupling graph of the cut model: shapes, index maps, and layer numbers follow the cut."""
-    axes = kept_indices(graph, kept)
-    move = partial(path_after, layers=graph.layers, numbers=layer_numbers(graph, kept))
+    axes, numbers, groups = kept_indices(graph, kept), layer_numbers(graph, kept), []
+    move = partial(path_after, layers=graph.layers, numbers=numbers)
 
     def cut(spans: Sequence[Span], units: list[int]) -> tuple[Span, ...]:
         return tuple(
@@ -98,28 +97,20 @@ def restrict(graph: CouplingGraph, kept: Kept) -> CouplingGraph:
             if (name := move(old))
         }
 
-    numbers, groups = layer_numbers(graph, kept), []
-    for group in graph.groups:
-        if group.layer is not None and group.layer not in numbers:
-            continue
+    for group in (g for g in graph.groups if g.layer is None or g.layer in numbers):
         units = surviving_units(kept, group, axes)
         blocks = len({unit * group.blocks // group.units for unit in units})
         # The minimum is shared equally by the blocks; removed blocks no longer need their share.
         minimum = min(-(-group.minimum * blocks // group.blocks), len(units))
         layer = None if group.layer is None else numbers[group.layer]
-        spans, buffers = cut(group.spans, units), cut(group.buffers, units)
-        groups.append(
-            replace(
-                group, units=len(units), spans=spans, blocks=blocks, minimum=minimum, buffers=buffers, layer=layer
-            )
-        )  # fmt: skip
+        parts: dict[str, Any] = {"spans": cut(group.spans, units), "buffers": cut(group.buffers, units)}
+        groups.append(replace(group, units=len(units), blocks=blocks, minimum=minimum, layer=layer, **parts))
     ties = {n: t for a, b in graph.ties.items() if (n := move(a)) and (t := move(b))}
     return CouplingGraph(tuple(groups), shapes(graph.shapes), graph.layers, ties, graph.blocked, shapes(graph.buffers))
 
 
 def surviving_units(kept: Kept, group: CoupledGroup, axes: Mapping[tuple[str, int], list[int]]) -> list[int]:
-    """The units of ``group`` that are kept, and not removed with a unit of another group that owns the same indices (a
-    query head with its KV head). ``axes``: `kept_indices` of ``kept``."""
+    """The units that are kept, and not removed with another group's (a query head with its KV head)."""
     units = list(kept.get(group.name, range(group.units)))
     for span in group.spans:
         stay = axes.get((span.parameter, span.axis))
@@ -132,11 +123,8 @@ def surviving_units(kept: Kept, group: CoupledGroup, axes: Mapping[tuple[str, in
 def renamed(graph: CouplingGraph, kept: Kept) -> dict[str, str]:
     """Name of a group before the cut → after it, for the groups that remain (removed layers renumber the others)."""
     numbers = layer_numbers(graph, kept)
-    return {
-        g.name: g.name if g.layer is None else g.in_layer(numbers[g.layer])
-        for g in graph.groups
-        if g.layer is None or g.layer in numbers
-    }
+    stay = (g for g in graph.groups if g.layer is None or g.layer in numbers)
+    return {g.name: g.name if g.layer is None else g.in_layer(numbers[g.layer]) for g in stay}
 
 
 def _restrict_index(span: Span, units: list[int], stay: list[int] | None) -> IndexMap:
@@ -161,7 +149,6 @@ def layer_numbers(graph: CouplingGraph, kept: Kept) -> dict[int, int]:
 
 def path_after(path: str, layers: str, numbers: Mapping[int, int]) -> str | None:
     """The path of a module or parameter after a cut, see `layer_numbers`; None where its layer was removed."""
-    number = layer_number(path, layers)
-    if number is None:
+    if (number := layer_number(path, layers)) is None:
         return path
     return in_layer(path, layers, numbers[number]) if number in numbers else None

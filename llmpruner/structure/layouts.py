@@ -23,8 +23,7 @@ def consumes(module: str, index: IndexMap) -> list[Span]:
 
 
 def two_layer_mlp(up: str, down: str, width: int, *, bias: bool = True) -> tuple[Span, ...]:
-    """``down(act(up(x)))``; a unit is one of F = ``width`` channels.
-    Weights: ``up`` (F, hidden), ``down`` (hidden, F)."""
+    """``down(act(up(x)))``, of weights (F, hidden) and (hidden, F); a unit is one of F = ``width`` channels."""
     return (*produces(up, Blocks(width), bias=bias), *consumes(down, Blocks(width)))
 
 

@@ -25,8 +25,7 @@ class BudgetOutcome:
 
 @dataclass(frozen=True)
 class ScriptTokens:
-    """The tokens with letters of one ``script``: how many there are, and how many of them go. ``sample``: the text of
-    some that go, those first that the calibration text uses most."""
+    """How many tokens of one ``script`` there are and go. ``sample``: some that go, the most used ones first."""
 
     script: str
     tokens: int
@@ -107,10 +106,9 @@ class Outcome:
     def as_json(self) -> dict[str, Any]:
         """JSON values, including the removed shares."""
         values: dict[str, Any] = {**asdict(self), "decoder_removed": self.decoder_removed}
-        del values["forecast"]
         if self.budget is not None:
             values["budget"]["removed"] = self.budget.removed
-        return {name: value for name, value in values.items() if value is not None}
+        return {name: value for name, value in values.items() if value is not None and name != "forecast"}
 
     def _repr_html_(self) -> str:
         rows = [

@@ -84,12 +84,8 @@ class Target(Frozen):
 
     @model_serializer(mode="wrap")
     def _what_applies(self, serialize: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:
-        values = serialize(self)
-        if not self.settings:
-            values.pop("settings", None)
-        if self.by != "ratio":
-            values.pop("budget", None)
-        return values
+        lacks = {"settings": not self.settings, "budget": self.by != "ratio"}
+        return {name: value for name, value in serialize(self).items() if not lacks.get(name)}
 
 
 class EstimationRecord(Frozen):
@@ -162,17 +158,14 @@ class PruningPlan(Frozen):
     def check(self, graph: CouplingGraph) -> None:
         """Raise `PlanError` unless the plan was made for a model of this structure and obeys its groups."""
         if self.base.structure != structure_of(graph):
-            raise PlanError(
-                f"this plan was made for '{self.base.model}' ({self.family}), whose parameters differ from this "
-                "model's in name or shape; make a new plan with `llmpruner plan`"
-            )
+            other = f"'{self.base.model}' ({self.family}), whose parameters differ from this model's in name or shape"
+            raise PlanError(f"this plan was made for {other}; make a new plan with `llmpruner plan`")
         check_kept(graph, self.kept)
         if not self.cuts:
             raise PlanError("the plan cuts nothing: its 'cuts' are empty")
         for name, cut in self.cuts.items():
-            group = graph.by_name[name]
             for what in ("kind", "layer", "units"):
-                stated, actual = getattr(cut, what), getattr(group, what)
+                stated, actual = getattr(cut, what), getattr(graph.by_name[name], what)
                 if stated != actual:
                     raise PlanError(f"group '{name}': the plan states {what} {stated}, the model has {actual}")
 
@@ -191,13 +184,11 @@ class PruningPlan(Frozen):
 
     def _kept_text(self, kind: str, layer: int | None) -> str:
         """``36 of 48``, for layers with the removed ones; empty where no unit is removed."""
-        cuts = [cut for cut in self.cuts.values() if (cut.kind, cut.layer) == (kind, layer)]
-        if not cuts:
+        if not (cuts := [cut for cut in self.cuts.values() if (cut.kind, cut.layer) == (kind, layer)]):
             return ""
+        gone = sorted(set(range(cuts[0].units)) - set(cuts[0].kept))
         text = f"{sum(len(cut.kept) for cut in cuts):,} of {sum(cut.units for cut in cuts):,}"
-        if kind == LAYER:
-            text += f" (without {_pack(sorted(set(range(cuts[0].units)) - set(cuts[0].kept)))})"
-        return text
+        return f"{text} (without {_pack(gone)})" if kind == LAYER else text
 
     def _repr_html_(self) -> str:
         kinds, rows = self.table()
@@ -221,10 +212,8 @@ class PruningPlan(Frozen):
         except ValidationError as error:
             for each in error.errors():
                 if each["loc"] == ("schema_version",):
-                    raise PlanError(
-                        f"{path} is a plan of version {each['input']}, and this llmpruner reads version "
-                        f"{SCHEMA_VERSION}; make a new plan with `llmpruner plan`"
-                    ) from error
+                    reads = f"and this llmpruner reads version {SCHEMA_VERSION}; make a new plan with `llmpruner plan`"
+                    raise PlanError(f"{path} is a plan of version {each['input']}, {reads}") from error
             first = error.errors()[0]
             where = ".".join(str(part) for part in first["loc"])
             raise PlanError(f"{path} is not a pruning plan: {where + ': ' if where else ''}{first['msg']}") from error
@@ -253,8 +242,5 @@ def dense_units(plans: Sequence[PruningPlan], graph: CouplingGraph) -> dict[str,
 
 def cuts_of(graph: CouplingGraph, kept: Kept) -> dict[str, GroupCut]:
     """``kept`` as the ``cuts`` of a plan: in the graph's order, without groups that keep all units."""
-    return {
-        group.name: GroupCut(kind=group.kind, layer=group.layer, units=group.units, kept=tuple(kept[group.name]))
-        for group in graph.groups
-        if group.name in kept and len(kept[group.name]) < group.units
-    }
+    losing = [group for group in graph.groups if len(kept.get(group.name, range(group.units))) < group.units]
+    return {g.name: GroupCut(kind=g.kind, layer=g.layer, units=g.units, kept=tuple(kept[g.name])) for g in losing}

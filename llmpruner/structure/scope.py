@@ -41,10 +41,8 @@ class Scope:
         for kind in self.kinds:
             if kind not in graph.kinds:
                 if why := _why_not(graph, kind):
-                    raise UnsupportedModelError(
-                        f"this model has no {kind} units that can be removed exactly "
-                        f"(it has: {', '.join(graph.kinds) or 'none'}); discovery could not follow {why}"
-                    )
+                    lacks = f"{kind} units that can be removed exactly (it has: {', '.join(graph.kinds) or 'none'})"
+                    raise UnsupportedModelError(f"this model has no {lacks}; discovery could not follow {why}")
                 raise UnknownNameError("kind of group in this model:", kind, graph.kinds)
         layers = {None, *self.layers}
         groups = tuple(group for group in graph.of_kinds(self.kinds) if group.layer in layers)
@@ -67,14 +65,12 @@ def _why_not(graph: CouplingGraph, kind: str) -> str:
         return next((f"{b.parameter}: {b.reason}" for b in graph.blocked if b.parameter == graph.layers), "")
     if kind == VOCABULARY:
         return next((f"{b.parameter} axis {b.axis}: {b.reason}" for b in graph.blocked if "token ids" in b.reason), "")
-    if kind not in (MLP, ATTENTION, HIDDEN, EXPERT):
-        return ""
     blocked = [b for b in graph.blocked if graph.is_decoder(b.parameter) != (kind == HIDDEN) and " in " in b.reason]
-    if not blocked:
+    if not blocked or kind not in (MLP, ATTENTION, HIDDEN, EXPERT):
         return ""
-    reason, _ = Counter(b.reason for b in blocked).most_common(1)[0]
-    first = next(b for b in blocked if b.reason == reason)
-    return f"{first.parameter} axis {first.axis}: {reason}"
+    count = Counter(b.reason for b in blocked)
+    most = max(blocked, key=lambda b: count[b.reason])
+    return f"{most.parameter} axis {most.axis}: {most.reason}"
 
 
 @dataclass(frozen=True)
@@ -147,7 +143,6 @@ class Queue:
 
     @cached_property
     def _totals(self) -> list[int]:
-        """Units removed after 0, 1, 2 … steps."""
         return list(accumulate((len(step) for step in self.steps), initial=0))
 
     def removed_after(self, steps: int) -> int:
@@ -172,11 +167,9 @@ def build_queue(
     """The steps of ``group`` by ascending ``scores``, ties by number. ``allowed``: units that may go (None: all)."""
     multiple = lcm(multiple, group.multiple)
     per_block = group.units // group.blocks
-    columns: list[list[int]] = []
-    for block in range(group.blocks):
-        units = range(block * per_block, (block + 1) * per_block)
-        free = [u for u in units if allowed is None or u in allowed]
-        columns.append(sorted(free, key=scores.__getitem__))
+    blocks = [range(block * per_block, (block + 1) * per_block) for block in range(group.blocks)]
+    free = [[u for u in units if allowed is None or u in allowed] for units in blocks]
+    columns = [sorted(units, key=scores.__getitem__) for units in free]
     steps: list[tuple[int, ...]] = []
     pending: list[int] = []
     left = group.units
