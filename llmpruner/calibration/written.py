@@ -39,9 +39,9 @@ def written_samples(task: SampleTask, passage: int) -> torch.Tensor:
     instructions in every second sample."""
     model, tokenizer, family, length = task.model, task.tokenizer, task.family, task.length
     answers = length >= 2 * ANSWER_TOKENS and has_chat_format(family, tokenizer)
-    is_chat_S = (torch.arange(task.samples) % 2 == 1) & answers
-    chats = int(is_chat_S.sum())
-    ids_SL = torch.empty(task.samples, length, dtype=torch.long)
+    is_chat_B = (torch.arange(task.samples) % 2 == 1) & answers
+    chats = int(is_chat_B.sum())
+    ids_BT = torch.empty(task.samples, length, dtype=torch.long)
     if chats:  # first, as they may be refused, by the template or for the positions
         # An instruction with its answer takes some 112 tokens. Where all take fewer, they are used again.
         needed = chats * -(-length // 112)
@@ -49,12 +49,12 @@ def written_samples(task: SampleTask, passage: int) -> torch.Tensor:
         if not examples:
             raise DataError("--calibration self: the model answers nothing but blanks; give a file")
         texts = [token_ids(text, tokenizer) for each in examples for text in texts_at("self", each, family, tokenizer)]
-        ids_SL[is_chat_S] = torch.tensor(filled(cycle(texts), chats, length))
-    ids_SL[~is_chat_S] = self_generated(
+        ids_BT[is_chat_B] = torch.tensor(filled(cycle(texts), chats, length))
+    ids_BT[~is_chat_B] = self_generated(
         model, tokenizer, task.samples - chats, length, task.seed, passage=passage, as_texts=True,
         progress=task.progress,
     )  # fmt: skip
-    return ids_SL
+    return ids_BT
 
 
 def self_generated(
@@ -107,15 +107,15 @@ def self_generated(
             written.append(ids.cpu())
         return written
 
-    ids_SL = torch.cat(with_fast_products(model, write)).view(samples, -1)
+    ids_BT = torch.cat(with_fast_products(model, write)).view(samples, -1)
     if as_texts:
         # Any text shows what the tokenizer puts before it.
         opening = opening_tokens(tokenizer, "0") if tokenizer is not None else []
         if not opening:
-            ids_SL[1::2] = ids_SL[1::2].roll(-(tokens // 2), 1)
+            ids_BT[1::2] = ids_BT[1::2].roll(-(tokens // 2), 1)
         elif opening != [bos]:
-            ids_SL = torch.cat([ids_SL.new_tensor(opening).expand(samples, -1), ids_SL], 1)
-    return ids_SL[:, :length]
+            ids_BT = torch.cat([ids_BT.new_tensor(opening).expand(samples, -1), ids_BT], 1)
+    return ids_BT[:, :length]
 
 
 def answered(
@@ -220,15 +220,15 @@ class _Draw:
         # In place: new memory of this size would take longer than the draw.
         return logits_BV.fill_(-torch.inf).scatter_(-1, torch.cat(tokens), 0.0)
 
-    def _tokens(self, logits_RV: torch.Tensor, numbers_R1: torch.Tensor, never: torch.Tensor) -> torch.Tensor:
-        upto_RV = logits_RV.index_fill(-1, never, -torch.inf).softmax(-1).cumsum(-1)
-        total_R1 = upto_RV[:, -1:]
-        if bool(total_R1.isnan().any()):
+    def _tokens(self, logits_NV: torch.Tensor, numbers_R1: torch.Tensor, never: torch.Tensor) -> torch.Tensor:
+        upto_NV = logits_NV.index_fill(-1, never, -torch.inf).softmax(-1).cumsum(-1)
+        total_N1 = upto_NV[:, -1:]
+        if bool(total_N1.isnan().any()):
             raise ModelError("the model's logits are not numbers, so it cannot write text; its weights are damaged")
-        drawn_R1 = numbers_R1 * total_R1
+        drawn_N1 = numbers_R1 * total_N1
         # Below the total, which rounding may reach, and after equal sums, so that no token of probability 0 is drawn.
-        drawn_R1 = drawn_R1.minimum(total_R1.nextafter(torch.zeros_like(total_R1)))
-        return torch.searchsorted(upto_RV, drawn_R1, right=True)
+        drawn_N1 = drawn_N1.minimum(total_N1.nextafter(torch.zeros_like(total_N1)))
+        return torch.searchsorted(upto_NV, drawn_N1, right=True)
 
 
 def _first_token(model: PreTrainedModel, tokenizer: Any | None) -> int:

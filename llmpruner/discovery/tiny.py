@@ -22,7 +22,7 @@ from ..models.stock import for_all_layers
 
 LAYERS = 3  # more where they are needed to show every kind of layer
 HEAD_DIM = 16
-VOCABULARY = 128
+LARGEST_VOCABULARY = 128
 
 _SHARED = re.compile(r"kv_n?_?heads|key_value_heads|query_group|n_head_kv")
 _HEADS = re.compile(r"heads$|n_head$")
@@ -258,7 +258,7 @@ def _shrink_widths(values: dict[str, Any]) -> None:
         "top_?k$|experts_per_tok|moe_k$|num_selected": lambda value, _: min(value, 2),
         "rank$|_lora|low_rank": lambda value, number: min(value, 24 + 8 * number),
         length: lambda value, _: min(value, 256),
-        "vocab_size": lambda value, _: min(value, VOCABULARY),
+        "vocab_size": lambda value, _: min(value, LARGEST_VOCABULARY),
         "sliding_window|window_size|chunk_size|block_size|attention_window": lambda value, _: min(value, 8),
         "n_group$|expert_group$": lambda value, _: min(value, 2),
         "topk_group": lambda _, __: 1,
@@ -350,4 +350,4 @@ def _sizes(value: Any) -> list[int]:
 def _small_token(value: Any) -> Any:
     if isinstance(value, list):
         return [_small_token(v) for v in value]
-    return value % 32 if type(value) is int and value >= VOCABULARY else value
+    return value % 32 if type(value) is int and value >= LARGEST_VOCABULARY else value

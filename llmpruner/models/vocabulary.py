@@ -251,17 +251,17 @@ class InTokens(nn.Module):
     def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, use_cache: bool = False) -> Any:
         places = [mask.nonzero()[:, 0] for mask in attention_mask]
         read = [self.read(ids[place].tolist()) for ids, place in zip(input_ids, places, strict=True)]
-        tokens_BS = nn.utils.rnn.pad_sequence([torch.tensor(ids) for ids, _ in read], True, -1).to(self.device)
-        mask_BS = (tokens_BS >= 0).long()
-        logits_BSV = self.model(input_ids=tokens_BS.clamp_min(0), attention_mask=mask_BS, use_cache=use_cache).logits
-        kept, dtype = len(self.old), torch.float32 if self.teaching else logits_BSV.dtype
-        logits_BTK = logits_BSV.new_zeros((*input_ids.shape, kept), dtype=dtype)
+        tokens_BM = nn.utils.rnn.pad_sequence([torch.tensor(ids) for ids, _ in read], True, -1).to(self.device)
+        mask_BM = (tokens_BM >= 0).long()
+        logits_BMV = self.model(input_ids=tokens_BM.clamp_min(0), attention_mask=mask_BM, use_cache=use_cache).logits
+        kept, dtype = len(self.old), torch.float32 if self.teaching else logits_BMV.dtype
+        logits_BTK = logits_BMV.new_zeros((*input_ids.shape, kept), dtype=dtype)
         for row, (tokens, ends) in enumerate(read):
-            logits_SK = logits_BSV[row, : len(tokens)][:, self.old]
+            logits_MK = logits_BMV[row, : len(tokens)][:, self.old]
             if self.teaching:
                 logits_BTK[row].fill_(_NEVER).scatter_(1, input_ids[row].roll(-1)[:, None], 0.0)
-                p_SV = logits_BSV[row, : len(tokens)].float().softmax(-1)
-                p_SK = p_SV.new_zeros((len(tokens), kept + 1)).index_add_(1, self.counts_for, p_SV)[:, :kept]
-                logits_SK = p_SK.log().clamp_min_(_NEVER)
-            logits_BTK[row, places[row][ends]] = logits_SK
+                p_MV = logits_BMV[row, : len(tokens)].float().softmax(-1)
+                p_MK = p_MV.new_zeros((len(tokens), kept + 1)).index_add_(1, self.counts_for, p_MV)[:, :kept]
+                logits_MK = p_MK.log().clamp_min_(_NEVER)
+            logits_BTK[row, places[row][ends]] = logits_MK
         return SimpleNamespace(logits=logits_BTK)

@@ -49,8 +49,8 @@ def dense_predictions(
     with execution.stages.stage("quality"), execution.weights.outside():
         ids = job.calibration.sample("comparison", model, execution, samples, job.seed + 1).input_ids
         at = _unseen(ids, text.input_ids)
-        hidden_STD = execution.ranks.from_first(lambda: _at_head(execution, ids)[0])
-    return Dense(ids, at, hidden_STD[at]) if hidden_STD is not None and len(at[0]) else None
+        hidden_BTD = execution.ranks.from_first(lambda: _at_head(execution, ids)[0])
+    return Dense(ids, at, hidden_BTD[at]) if hidden_BTD is not None and len(at[0]) else None
 
 
 def _unseen(ids: torch.Tensor, calibration: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -95,9 +95,9 @@ def _compared(dense: Dense, pruned: Model) -> Quality | None:
     execution, tokens = Execution(pruned.weights), len(dense.hidden_ND)
     kl, agreed = 0.0, 0
     with pruned.weights.outside():
-        hidden_STD, further = _at_head(execution, dense.ids)
-        assert hidden_STD is not None, "as in the dense model"
-        both_2ND = torch.stack([dense.hidden_ND, hidden_STD[dense.at]])
+        hidden_BTD, further = _at_head(execution, dense.ids)
+        assert hidden_BTD is not None, "as in the dense model"
+        both_2ND = torch.stack([dense.hidden_ND, hidden_BTD[dense.at]])
         rows = max(1, LOGIT_ELEMENTS // (2 * predicted_tokens(pruned.network)))
         for part_2ND in torch.split(both_2ND, rows, 1):
             before, after = _logits(execution, dense.ids[:1, :1], part_2ND, further)

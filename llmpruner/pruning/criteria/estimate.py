@@ -161,14 +161,14 @@ def _per_index(saliency: torch.Tensor, use: _Use, signed: bool) -> torch.Tensor:
     return torch.cat(sums) if use.axis.axis == 0 else torch.stack(sums).sum(0)
 
 
-def reduce_spans(scores_SU: torch.Tensor, reduction: str) -> torch.Tensor:
+def reduce_spans(scores_PU: torch.Tensor, reduction: str) -> torch.Tensor:
     """Scores (S, U) reduced over spans to (U,). ``last``: of the last span, as in LLM-Pruner's code. ``prod``: the
     geometric mean, which orders units as LLM-Pruner's product does, but is neither zero nor infinite for many spans."""
     if reduction == "last":
-        return scores_SU[-1]
+        return scores_PU[-1]
     if reduction == "max":
-        return scores_SU.amax(0)
+        return scores_PU.amax(0)
     if reduction == "prod":
-        return scores_SU.abs().log().mean(0).exp() * scores_SU.sign().prod(0)
-    reduced: torch.Tensor = getattr(scores_SU, reduction)(0)  # sum or mean
+        return scores_PU.abs().log().mean(0).exp() * scores_PU.sign().prod(0)
+    reduced: torch.Tensor = getattr(scores_PU, reduction)(0)  # sum or mean
     return reduced

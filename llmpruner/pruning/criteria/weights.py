@@ -172,13 +172,13 @@ class OptimalBrainSurgeon(OutputEnergy):
         return remove_all(weight, gram, index_UK, self.settings.ridge)
 
 
-def remove_all(weight_SOI: torch.Tensor, gram_SII: torch.Tensor, index_UK: torch.Tensor, ridge: float) -> torch.Tensor:
-    """Scores (units,), float64: of each unit, Σ E over those removed up to it. ``weight_SOI``: S matrices in a stack,
-    which lose a unit together. ``gram_SII``: E[xxᵀ] of their inputs. ``index_UK``: the columns of each unit."""
+def remove_all(weight_EOI: torch.Tensor, gram_EII: torch.Tensor, index_UK: torch.Tensor, ridge: float) -> torch.Tensor:
+    """Scores (units,), float64: of each unit, Σ E over those removed up to it. ``weight_EOI``: matrices of a stack,
+    which lose a unit together. ``gram_EII``: E[xxᵀ] of their inputs. ``index_UK``: the columns of each unit."""
     import torch
 
-    weight = weight_SOI.to(torch.float64, copy=True)
-    hessian = gram_SII.to(torch.float64, copy=True)
+    weight = weight_EOI.to(torch.float64, copy=True)
+    hessian = gram_EII.to(torch.float64, copy=True)
     diagonal = hessian.diagonal(dim1=-2, dim2=-1)
     diagonal += (ridge * diagonal.mean(-1, keepdim=True)).clamp_min(torch.finfo(torch.float32).tiny)
     inverse = torch.linalg.inv(hessian)
