@@ -116,12 +116,6 @@ def test_the_stock_class_refuses_a_shim(name, saved):
         AutoModelForCausalLM.from_pretrained(saved[0] / name)
 
 
-def test_hidden_cut_scales_the_epsilon(saved):
-    config = json.loads((saved[0] / "hidden" / "config.json").read_text())
-    assert (config["hidden_size"], config["head_dim"]) == (24, 8)
-    assert config["rms_norm_eps"] == pytest.approx(1e-6 * 32 / 24)
-
-
 def test_per_layer_config_states_what_it_can(saved):
     def stated(name):
         return json.loads((saved[0] / name / "config.json").read_text()).get("per_layer_config")

@@ -114,35 +114,25 @@ def test_an_answer_ends_where_a_table_of_positions_does(model, tokenizer):
     assert len(written(model, tokenizer, prompt, max_new_tokens=50)) == 50, "rotary embeddings have no table"
 
 
-def attended(heads, groups, queries=1, **options):
-    """By the attention that is in use, and by transformers' own."""
+def attended(heads, groups, queries=1, batch=2, **options):
+    """By the attention that is in use, and by transformers' own. ``batch``: of the queries; 1 for all sequences."""
     drawn = torch.Generator().manual_seed(0)
     query, key, value = (
-        torch.randn(2, n, tokens, size, generator=drawn)
-        for n, tokens, size in ((heads, queries, 8), (groups, 5, 8), (groups, 5, 6))
+        torch.randn(size, generator=drawn)
+        for size in ((batch, heads, queries, 8), (2, groups, 5, 8), (2, groups, 5, 6))
     )
     module = SimpleNamespace(num_key_value_groups=heads // groups, is_causal=True)
     arguments = {"attention_mask": None, **options}
-    return tuple(
-        function(module, query, key, value, **arguments)[0] for function in (ALL_ATTENTION_FUNCTIONS["sdpa"], SDPA)
-    )
+    ours, _ = ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, **arguments)
+    return ours, SDPA(module, query.expand(2, -1, -1, -1), key, value, **arguments)[0]
 
 
-@pytest.mark.parametrize(("heads", "groups"), [(4, 4), (6, 2), (3, 1)])
+@pytest.mark.parametrize(("heads", "groups", "batch"), [(4, 4, 2), (6, 2, 2), (3, 1, 2), (4, 2, 1)])
 @pytest.mark.parametrize("scaling", [None, 0.3])
-def test_attention_of_one_query_is_that_of_transformers(heads, groups, scaling):
+def test_attention_of_one_query_is_that_of_transformers(heads, groups, batch, scaling):
     with fast_one_token_attention():
         assert ALL_ATTENTION_FUNCTIONS["sdpa"] is not SDPA
-        ours, theirs = attended(heads, groups, scaling=scaling)
-    assert ours.shape == theirs.shape and torch.allclose(ours, theirs, atol=1e-6)
-
-
-def test_attention_of_one_query_for_all_sequences():
-    query, key, value = torch.randn(1, 4, 1, 8), torch.randn(3, 2, 5, 8), torch.randn(3, 2, 5, 8)
-    module = SimpleNamespace(num_key_value_groups=2, is_causal=True)
-    with fast_one_token_attention():
-        ours, _ = ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, None)
-    theirs, _ = SDPA(module, query.expand(3, -1, -1, -1), key, value, None)
+        ours, theirs = attended(heads, groups, batch=batch, scaling=scaling)
     assert ours.shape == theirs.shape and torch.allclose(ours, theirs, atol=1e-6)
 
 

@@ -1,4 +1,4 @@
-"""No score and no weight becomes NaN: in any dtype, for inputs without variation, for the last unit of its kind."""
+"""No score and no weight becomes NaN: in any dtype, for inputs without variation."""
 
 import pytest
 import torch
@@ -6,12 +6,10 @@ from criteria_cases import SMALL, opened, tokens
 from transformers import CONFIG_MAPPING
 
 from llmpruner import Compensation, ImportanceCriterion, load_catalog
-from llmpruner.discovery.cut import cut
 from llmpruner.discovery.opening import family_for
 from llmpruner.discovery.tiny import random_instance
 from llmpruner.engine.walk import CalibrationSet
 from llmpruner.models.numbers import first_not_finite
-from llmpruner.models.surgery import silence
 from llmpruner.pruning.compensation.base import RepairTask
 from llmpruner.pruning.criteria.estimate import estimate
 
@@ -88,28 +86,3 @@ def test_refits_to_degenerate_inputs(what, dtype):
     with torch.no_grad():
         CATALOG[Compensation]["refit"]().repair(RepairTask(loaded.network, loaded.graph, kept, text))
     assert first_not_finite(loaded.network.named_parameters()) is None
-
-
-LAST = {
-    "one head": ("attention", (0,)),
-    "one query head of each": ("query", None),
-    "one channel": ("mlp", (36,)),
-    "one hidden channel": ("hidden", (3,)),
-}
-
-
-@pytest.mark.parametrize("what", LAST)
-def test_what_is_left_alone_of_its_kind(what):
-    """A cut down to one unit equals silencing all others, at odd widths too."""
-    (kind, units), loaded, reference = LAST[what], model_of(), model_of()
-    kept = {}
-    for group in loaded.graph.of_kinds([kind]):
-        per_block = group.units // group.blocks
-        kept[group.name] = units or tuple(block * per_block for block in range(group.blocks))
-    cut(loaded.network, loaded.graph, kept, loaded.family)
-    ids = {"input_ids": TEXT.input_ids, "use_cache": False}
-    with torch.no_grad():
-        found = loaded.network(**ids).logits
-        assert torch.isfinite(found).all()
-        silence(reference.network, reference.graph, kept)
-        torch.testing.assert_close(found, reference.network(**ids).logits, rtol=1e-4, atol=1e-4)

@@ -46,6 +46,12 @@ def test_a_cut_equals_silencing(loaded, kinds):
     assert change > 0.1, "the cut must be visible, or equality proves nothing"
 
 
+@pytest.mark.parametrize("kind", ["mlp", "attention", "query", "hidden"])
+def test_one_unit_may_be_left(loaded, kind):
+    groups = loaded.graph.of_kinds([kind])
+    assert_exact(loaded, {g.name: range(0, g.units, g.units // g.blocks) for g in groups})
+
+
 @pytest.mark.parametrize(
     "cuts",
     [

@@ -1,4 +1,4 @@
-"""The ChatGLM families: held to the conformance class, removed layers, the choice of a family, and prompts."""
+"""The ChatGLM families: held to the conformance class, the choice of a family, and prompts."""
 
 from __future__ import annotations
 
@@ -6,8 +6,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import torch
-from chatglm_tiny import prompts, tiny_config, tiny_model
+from chatglm_tiny import tiny_config
 from llmpruner_chatglm import ChatGLM2Family, ChatGLM3Family, ChatGLMFamily, GlmFamily
 from llmpruner_chatglm.configuration_chatglm import ChatGLMConfig
 from transformers import GlmConfig
@@ -15,7 +14,6 @@ from transformers import GlmConfig
 from llmpruner import ATTENTION, MLP, ModelFamily, build_graph, load_catalog
 from llmpruner.calibration.chat import chat_prompt, training_texts
 from llmpruner.calibration.conversations import Conversation
-from llmpruner.discovery.cut import cut
 from llmpruner.discovery.opening import family_for
 from llmpruner.testing import FamilyConformance
 
@@ -45,22 +43,6 @@ class TestGlm(FamilyConformance):
 
     def config(self):
         return GlmConfig(**GLM)
-
-
-def test_a_removed_layer_of_chatglm_is_gone_and_the_others_keep_their_scale() -> None:
-    model = tiny_model("chatglm")
-    graph = build_graph(ChatGLMFamily(), model.config)
-    expected = tiny_model("chatglm", num_layers=2)
-    for new, old in ((0, 0), (1, 2)):
-        expected.transformer.layers[new].load_state_dict(model.transformer.layers[old].state_dict())
-    for part in ("word_embeddings", "final_layernorm"):
-        getattr(expected.transformer, part).load_state_dict(getattr(model.transformer, part).state_dict())
-    cut(model, graph, {"layers": [0, 2]}, ChatGLMFamily())
-    assert model.config.num_layers == 2
-    ids, mask = prompts("chatglm")
-    with torch.no_grad():
-        assert torch.equal(*(each(ids, attention_mask=mask).logits[mask == 1] for each in (model, expected)))
-    assert torch.equal(*(each.generate(ids, attention_mask=mask, max_new_tokens=6) for each in (model, expected)))
 
 
 def test_hidden_channels_of_chatglm_are_not_offered() -> None:
