@@ -3,7 +3,7 @@
 import pytest
 import tiny_models
 import torch
-from recovery_cases import dense_model, pruned_model
+from recovery_cases import dense_model, pruned_model, train_tiny
 from torch.nn import functional
 
 from llmpruner import ModelError
@@ -97,14 +97,14 @@ def test_models_with_other_tokens_are_refused(tmp_path):
         distillation_loss(job_of(tmp_path, dense), 0.0)
 
 
-def test_the_teacher_is_loaded_once_and_only_on_request(tiny):
+def test_the_teacher_is_loaded_once_and_only_on_request(tmp_path):
     loads = []
 
     def load():
         loads.append(1)
         return dense_model()
 
-    tiny(FullStrategy(), name="full", max_steps=1, load_teacher=load)
+    train_tiny(tmp_path / "full", FullStrategy(), max_steps=1, load_teacher=load)
     assert loads == []
-    tiny(DistilStrategy(), name="distil", max_steps=3, load_teacher=load)
+    train_tiny(tmp_path / "distil", DistilStrategy(), max_steps=3, load_teacher=load)
     assert loads == [1]
