@@ -17,7 +17,10 @@ from gguf_cases import CONFIGS, EXPERTS, LLAMA3, YARN, logits, model_of, prompt,
 from gguf_reference import GgufFile, gguf_logits
 from llmpruner_gguf import GgufExporter
 from llmpruner_gguf import export as steps
+from llmpruner_gguf.bench import gguf_work
 from llmpruner_gguf.export import relative_errors
+from tokenizers import ByteLevelBPETokenizer, Tokenizer, decoders, models, trainers
+from tokenizers.pre_tokenizers import ByteLevel, Punctuation, Sequence
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 import llmpruner
@@ -26,6 +29,7 @@ from llmpruner.discovery.cut import cut
 from llmpruner.errors import CheckpointError, ModelError, UnsupportedModelError
 from llmpruner.exporters import export
 from llmpruner.models.family import AutoFamily
+from llmpruner.models.meta import graph_of
 
 BYTE_FALLBACK = Path(__file__).parents[2] / "data" / "vicuna" / "tokenizer" / "tokenizer.model"
 HAS_RUNTIME = importlib.util.find_spec("llama_cpp") is not None
@@ -101,10 +105,6 @@ def test_equal_cuts_that_llama_can_state(name, kind, kept, key, tmp_path):
 
 @pytest.mark.parametrize(("name", "share"), [("mixtral", 2 / 4), ("qwen3-moe", 2 / 6), ("olmoe", 2 / 6)])
 def test_work_in_llama_cpp_is_that_of_the_experts_that_a_token_uses(name, share, tmp_path):
-    from llmpruner_gguf.bench import gguf_work
-
-    from llmpruner.models.meta import graph_of
-
     model = random_model(name)
     _, file = exported(model, tmp_path)
     (ours, _), theirs = gguf_work(file), work_of(model, graph_of(model, ()))
@@ -237,9 +237,6 @@ def test_the_pre_tokenizer_of_the_dense_models_file_is_kept(tmp_path):
 
 
 def test_a_byte_level_tokenizer_without_merges_is_refused_before_writing(tmp_path, capfd):
-    from tokenizers import ByteLevelBPETokenizer
-    from transformers import PreTrainedTokenizerFast
-
     letters = ByteLevelBPETokenizer()
     letters.train_from_iterator([], vocab_size=258, special_tokens=["<s>", "</s>"], show_progress=False)
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=letters._tokenizer, bos_token="<s>", eos_token="</s>")
@@ -249,8 +246,6 @@ def test_a_byte_level_tokenizer_without_merges_is_refused_before_writing(tmp_pat
 
 
 def test_an_unknown_pre_tokenizer_is_refused_unless_named(tmp_path):
-    from tokenizers.pre_tokenizers import ByteLevel, Punctuation, Sequence
-
     tokenizer = tiny_models.tokenizer()
     tokenizer.backend_tokenizer.pre_tokenizer = Sequence([Punctuation(), ByteLevel(add_prefix_space=False)])
     with pytest.raises(UnsupportedModelError, match=r"unknown pre-tokenizer.* --set gguf\.pre=NAME"):
@@ -262,12 +257,10 @@ def test_an_unknown_pre_tokenizer_is_refused_unless_named(tmp_path):
 
 @needs_runtime
 def test_a_wrong_name_of_the_pre_tokenizer_is_found(tmp_path):
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-
     base = Tokenizer(models.BPE())
-    base.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    base.pre_tokenizer = ByteLevel(add_prefix_space=False, use_regex=False)
     base.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    alphabet = ByteLevel.alphabet()
     base.train_from_iterator([tiny_models.TEXT], trainers.BpeTrainer(vocab_size=310, initial_alphabet=alphabet))
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=base)
     with pytest.raises(CheckpointError, match=r"llama\.cpp splits text into other tokens .*--set gguf\.pre"):

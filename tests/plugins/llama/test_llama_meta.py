@@ -241,9 +241,6 @@ def test_every_width_has_a_multiplier() -> None:
         whole = ffn_width(dim, 1, None)
         for width in {1, 2, 3, whole // 3, whole - 1, whole, whole + 1, 3 * dim + 1}:
             assert ffn_width(dim, 1, (width + 0.5) / whole) == width
-
-
-def test_widths_of_the_releases() -> None:
     assert ffn_width(4096, 256, None) == 11008  # LLaMA-7B
     assert ffn_width(8192, 4096, 1.3) == 28672  # Llama-2-70B
     assert ffn_width(4096, 1024, 1.3) == 14336  # Llama-3-8B

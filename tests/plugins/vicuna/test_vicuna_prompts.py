@@ -28,19 +28,30 @@ def exchanges_of(conversation: str) -> list[tuple[str, str]]:
     return list(zip(turns[::2], turns[1::2], strict=True))
 
 
+@cache
+def tokenizer(legacy: bool) -> Any:
+    return AutoTokenizer.from_pretrained(DATA / "tokenizer", legacy=legacy)
+
+
 @pytest.mark.parametrize("conversation", PROMPTS)
 @pytest.mark.parametrize("template", OFFICIAL)
-def test_prompts_to_the_character(conversation: str, template: str) -> None:
+def test_prompts_and_chat_templates_to_the_character(conversation: str, template: str) -> None:
     exchanges, ours = exchanges_of(conversation), OFFICIAL[template]
     expected = PROMPTS[conversation]["prompts"][template]
     assert "".join(prompt + answer for prompt, answer in ours.format_conversation(exchanges)) == expected["full"]
     if len(exchanges) == 1:
         assert ours.format_conversation(exchanges)[0][0] == expected["generation"]
 
+    def render(messages: list[dict[str, Any]], **options: Any) -> object:
+        options = {"chat_template": chat_template(ours), "tokenize": False, **options}
+        return tokenizer(False).apply_chat_template(messages, **options)
 
-@cache
-def tokenizer(legacy: bool) -> Any:
-    return AutoTokenizer.from_pretrained(DATA / "tokenizer", legacy=legacy)
+    roles = ("user", "assistant")
+    messages = [{"role": role, "content": text} for pair in exchanges for role, text in zip(roles, pair, strict=True)]
+    assert render(messages) == "<s>" + expected["full"]
+    assert render(messages[:-1], add_generation_prompt=True) == "<s>" + expected["generation"]
+    own = render([{"role": "system", "content": "Be brief."}, *messages])
+    assert own == "<s>" + expected["full"].replace(ours.system, "Be brief.")
 
 
 @pytest.mark.parametrize(
@@ -67,29 +78,6 @@ def test_answers_of_v0_stop_where_fastchat_stops_them() -> None:
 def test_a_system_message_takes_the_place_of_the_official_one() -> None:
     ((prompt, answer),) = V1_1.format_conversation([("What is pruning?", "Less.")], "Be brief.")
     assert (prompt, answer) == ("Be brief. USER: What is pruning? ASSISTANT:", " Less.</s>")
-
-
-@pytest.mark.parametrize("template", OFFICIAL)
-@pytest.mark.parametrize("conversation", PROMPTS)
-def test_chat_templates_render_the_same(template: str, conversation: str) -> None:
-    exchanges, official = exchanges_of(conversation), OFFICIAL[template]
-    expected = PROMPTS[conversation]["prompts"][template]
-    messages = [
-        {"role": role, "content": text}
-        for pair in exchanges
-        for role, text in zip(("user", "assistant"), pair, strict=True)
-    ]
-
-    def render(messages: list[dict[str, Any]], **options: Any) -> str:
-        text: str = tokenizer(False).apply_chat_template(
-            messages, chat_template=chat_template(official), tokenize=False, **options
-        )
-        return text
-
-    assert render(messages) == "<s>" + expected["full"]
-    assert render(messages[:-1], add_generation_prompt=True) == "<s>" + expected["generation"]
-    own = render([{"role": "system", "content": "Be brief."}, *messages])
-    assert own == "<s>" + expected["full"].replace(official.system, "Be brief.")
 
 
 @pytest.mark.parametrize("version", [v for v in MASKS["one_turn"] if v.startswith("HEAD")])
