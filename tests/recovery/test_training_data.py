@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import tiny_models
 import torch
-from recovery_cases import model_of, write_lines
+from recovery_cases import dense_model, model_of, write_lines
 
 from llmpruner import DataError, ModelFamily, RunSettings, api
 from llmpruner.calibration import written
@@ -166,11 +166,7 @@ def test_answers_are_the_likeliest_tokens_or_follow_the_numbers_of_their_row(ran
 
 @pytest.fixture(scope="module")
 def random_model():
-    model = tiny_models.llama()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.mul_(8 if parameter.dim() == 2 else 1)
-    return model
+    return dense_model()
 
 
 def dense_and_pruned(home, random_model, template=None):

@@ -236,7 +236,7 @@ def test_an_untouched_model_is_the_original_file(name: str, tmp_path: Path) -> N
         assert abs(sizes[0] - sizes[1]) < 2000
 
 
-def test_every_width_has_a_multiplier() -> None:
+def test_widths_of_the_releases_and_a_multiplier_for_every_width() -> None:
     for dim in (48, 64, 2048, 4096, 5120, 8192):
         whole = ffn_width(dim, 1, None)
         for width in {1, 2, 3, whole // 3, whole - 1, whole, whole + 1, 3 * dim + 1}:
@@ -385,11 +385,7 @@ def test_meta_to_hugging_face_and_back_at_the_command_line(tmp_path: Path) -> No
     assert (tmp_path / "back" / "tokenizer.model").read_bytes() == TOKENIZER.read_bytes()
 
 
-def test_a_folder_is_pruned_without_a_tokenizer_or_with_one_beside_it(tmp_path: Path) -> None:
-    folder = copy_of("mha", "2shards", tmp_path / "llama" / "7B")
-    command = ("prune", folder, "--ratio", 0.1, "--set", "prune.layers=all", "--importance", "l1")
-    run(*command, "-o", tmp_path / "weights")
-    assert not list((tmp_path / "weights").glob("tokenizer*"))
-    shutil.copyfile(TOKENIZER, folder.parent / "tokenizer.model")
-    run(*command, "-o", tmp_path / "whole")
-    assert AutoTokenizer.from_pretrained(tmp_path / "whole")("Hello")["input_ids"]
+def test_a_folder_is_pruned_without_a_tokenizer(tmp_path: Path) -> None:
+    folder = copy_of("mha", "2shards", tmp_path / "llama")
+    run("prune", folder, "--ratio", 0.1, "--set", "prune.layers=all", "--importance", "l1", "-o", tmp_path / "out")
+    assert not list((tmp_path / "out").glob("tokenizer*"))

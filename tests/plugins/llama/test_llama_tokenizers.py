@@ -108,6 +108,7 @@ def test_a_tokenizer_survives_the_conversion(kind: str, begin: int, end: object,
         assert after(text)["input_ids"] == before(text)["input_ids"]
     config = json.loads((tmp_path / "hf" / "config.json").read_text())
     assert after("Hello")["input_ids"][0] == after.bos_token_id == config["bos_token_id"] == begin
+    assert after.eos_token_id == config["eos_token_id"] == begin + 1
     assert GenerationConfig.from_pretrained(tmp_path / "hf").eos_token_id == end
     if kind == "sentencepiece":
         assert (tmp_path / "hf" / "tokenizer.model").read_bytes() == TOKENIZER.read_bytes()
