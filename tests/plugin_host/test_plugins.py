@@ -11,7 +11,6 @@ from transformers import LlamaConfig
 from typer.testing import CliRunner
 
 from llmpruner import (
-    Catalog,
     CheckpointReader,
     ImportanceCriterion,
     ModelError,
@@ -35,9 +34,7 @@ def component(base: type, name: str = "zoo", **members) -> type:
     return type(name.title(), (base,), {"name": name, **members})
 
 
-def zoo() -> Catalog:
-    reader = {"recognises": lambda self, path: path.suffix == ".zoo"}
-    return catalog_with(*(component(k, **(reader if k is CheckpointReader else {})) for k in KINDS.values()))
+READER = component(CheckpointReader, recognises=lambda self, path: path.suffix == ".zoo")
 
 
 def plugin(function, hook: str = "llmpruner_metrics"):
@@ -77,24 +74,17 @@ def test_every_hook_is_that_of_one_kind_or_adds_commands():
 
 
 @pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
-def test_a_plugin_adds_a_component_of_each_kind(kind):
-    catalog = zoo()
-    registry = catalog[kind]
-    assert issubclass(registry["zoo"], kind)
-    assert registry.package_of("zoo") == __name__ and type(registry.create("zoo")) is registry["zoo"]
-    assert catalog.plugins.broken == []
-
-
-@pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
-def test_a_hook_is_called_once_and_only_when_its_kind_is_asked_for(kind):
-    calls = []
-    catalog = catalog_with(plugin(lambda: calls.append(1) or [], kind.hook))
+def test_a_plugin_adds_a_component_of_each_kind_and_is_called_once_when_the_kind_is_asked_for(kind):
+    calls, added = [], READER if kind is CheckpointReader else component(kind)
+    catalog = catalog_with(plugin(lambda: calls.append(1) or [added], kind.hook))
     for other in KINDS.values():
         if other is not kind:
             list(catalog[other])
     assert calls == []
-    assert list(catalog[kind]) == list(catalog[kind])
-    assert calls == [1]
+    registry = catalog[kind]
+    assert registry["zoo"] is added and type(registry.create("zoo")) is added
+    assert registry.package_of("zoo") == __name__ and list(registry) == list(catalog[kind])
+    assert calls == [1] and catalog.plugins.broken == []
 
 
 # Plugins that are installed
@@ -269,6 +259,6 @@ def test_a_family_that_cannot_register_its_models_is_named_and_stops_nothing():
 def test_one_reader_may_recognise_a_path(tmp_path):
     for name in ("a.zoo", "a.wood"):
         (tmp_path / name).touch()
-    assert resolve(tmp_path / "a.zoo", zoo()).reader.name == "zoo"
+    assert resolve(tmp_path / "a.zoo", catalog_with(READER)).reader.name == "zoo"
     with pytest.raises(ModelError, match="is a file, not a model directory"):
-        resolve(tmp_path / "a.wood", zoo())
+        resolve(tmp_path / "a.wood", catalog_with(READER))
