@@ -78,14 +78,3 @@ def test_an_embedding_that_is_held_twice_is_named_and_tied_again(tmp_path, caplo
     torch.testing.assert_close(tied.lm_head.weight, dense.network.lm_head.weight)
     with pytest.raises(llmpruner.SettingsError, match="leave it out"):
         llmpruner.export(tmp_path / "tied", output=tmp_path / "two", to="stock", settings={"stock": {"tie": True}})
-
-
-def test_the_reader_gives_what_that_of_gguf_does(tmp_path):
-    file = written(tmp_path)
-    theirs, ours = gguf.GGUFReader(file), parsing.gguf_reader(file)
-    assert {name: field.contents() for name, field in ours.fields.items()} == {
-        name: field.contents() for name, field in theirs.fields.items()
-    }
-    for one, other in zip(ours.tensors, theirs.tensors, strict=True):
-        assert (one.name, one.data_offset, one.tensor_type) == (other.name, other.data_offset, other.tensor_type)
-        assert (one.data == other.data).all()

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 from fresh import run_fresh
-from tokenizers import Tokenizer, models
-from transformers import PreTrainedTokenizerFast
+
+from llmpruner.testing.models import letters
 
 pytestmark = pytest.mark.slow
 
@@ -39,9 +39,7 @@ def folder(tmp_path_factory):
     }
     (folder / "config.json").write_text(json.dumps({"model_type": "composed", "auto_map": auto_map}))
     run_python(WRITE, folder)
-    vocabulary = {"<unk>": 0, **{letter: n + 1 for n, letter in enumerate("abcdefgh")}}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>").save_pretrained(folder)
+    letters().save_pretrained(folder)
     return folder
 
 

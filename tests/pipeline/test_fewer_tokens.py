@@ -77,16 +77,12 @@ def tokens(number: int, **settings) -> dict[str, object]:
     return {"settings": {"vocabulary": {"tokens": number, **settings}}}
 
 
-def kept_text(tokenizer, kept: tuple[int, ...], text: str) -> str:
-    words = [f" {word}" for word in text.split() if set(tokenizer(f" {word}")["input_ids"]) <= set(kept)]
-    return "".join(words[:40])
-
-
 def test_text_of_kept_tokens_gets_the_same_logits(folder, tmp_path):
     pruned = prune(folder, tmp_path / "out", **tokens(448))
     kept = kept_of(pruned.plans[-1])
     dense, tokenizer = (c.from_pretrained(folder / "dense") for c in (LlamaForCausalLM, AutoTokenizer))
-    text = kept_text(tokenizer, kept, (folder / "text.txt").read_text(encoding="utf-8"))
+    words = [f" {word}" for word in (folder / "text.txt").read_text(encoding="utf-8").split()]
+    text = "".join([word for word in words if set(tokenizer(word)["input_ids"]) <= set(kept)][:40])
     ids = tokenizer(text, return_tensors="pt").input_ids
     with torch.no_grad():
         expected = dense.eval()(ids).logits[..., list(kept)]

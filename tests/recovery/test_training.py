@@ -38,10 +38,10 @@ def own_precision(monkeypatch):
 
 
 @by_name
-def test_training_lowers_the_loss_and_returns_the_same_kind_of_model(tiny, strategy):
+def test_training_lowers_the_loss_and_returns_the_same_kind_of_model(tmp_path, strategy):
     model, graph = pruned_model()
     kind, before, seen = type(model), copy.deepcopy(model.state_dict()), []
-    result = tiny(strategy, (model, graph), on_step=lambda *step: seen.append(step))
+    result = train_tiny(tmp_path, strategy, (model, graph), on_step=lambda *step: seen.append(step))
     after = result.model.state_dict()
     assert type(result.model) is kind and {n: v.shape for n, v in after.items()} == {
         n: v.shape for n, v in before.items()
@@ -55,24 +55,29 @@ def test_training_lowers_the_loss_and_returns_the_same_kind_of_model(tiny, strat
     assert moved == (adapted if strategy.needs_peft else set(after))
 
 
-def test_tied_weights_stay_tied(tiny):
-    result = tiny(FullStrategy(), pruned_model(tied=True))
+def test_tied_weights_stay_tied(tmp_path):
+    result = train_tiny(tmp_path, FullStrategy(), pruned_model(tied=True))
     assert result.model.lm_head.weight is result.model.model.embed_tokens.weight
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES[1::2], ids=["lora", "distil lora"])
-def test_an_interrupted_training_ends_as_an_uninterrupted_one(tiny, strategy):
-    """With dropout, and with a teacher; the kit of strategies tries the others."""
-    whole = tiny(strategy, name="whole")
+def interrupted(folder, strategy, at, **changes):
+    """A training that ends at the step ``at``."""
 
     def interrupt(step, *_):
-        if step == 5:
+        if step == at:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        tiny(strategy, name="parts", on_step=interrupt)
+        train_tiny(folder, strategy, on_step=interrupt, **changes)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES[1::2], ids=["lora", "distil lora"])
+def test_an_interrupted_training_ends_as_an_uninterrupted_one(tmp_path, strategy):
+    """With dropout, and with a teacher; the kit of strategies tries the others."""
+    whole = train_tiny(tmp_path / "whole", strategy)
+    interrupted(tmp_path / "parts", strategy, 5)
     steps = []
-    resumed = tiny(strategy, name="parts", on_step=lambda step, *_: steps.append(step))
+    resumed = train_tiny(tmp_path / "parts", strategy, on_step=lambda step, *_: steps.append(step))
     assert 1 < steps[0] <= 5 and steps[-1] == 6
     assert resumed.losses == pytest.approx(whole.losses, abs=1e-6)
     assert resumed.record["validation"] == whole.record["validation"]
@@ -100,15 +105,15 @@ class Scripted(RecoveryStrategy):
         return fit(model, job, loss)
 
 
-def test_the_result_has_the_weights_with_the_lowest_loss(tiny, tmp_path):
+def test_the_result_has_the_weights_with_the_lowest_loss(tmp_path):
     strategy = Scripted()
     # One micro-batch of rows, so that each validation calls the loss once.
-    result = tiny(strategy, validation=1, batch_size=8)
+    result = train_tiny(tmp_path, strategy, validation=1, batch_size=8)
     record = result.record
     assert [one["loss"] for one in record["validation"]] == list(Scripted.losses)
     assert record["best_step"] == 2 and [one["step"] for one in record["validation"]] == [0, 1, 2, 3, 4, 5, 6]
     assert torch.equal(result.model.lm_head.weight, strategy.weights[2])
-    kept = {folder.name for folder in (tmp_path / "run" / "work").glob("checkpoint-*")}
+    kept = {folder.name for folder in (tmp_path / "work").glob("checkpoint-*")}
     assert kept == {"checkpoint-2", "checkpoint-5"}, "the best and the newest; none at the end"
 
 
@@ -121,7 +126,7 @@ def test_an_unfinished_checkpoint_is_passed_over(tmp_path):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_weights_of_16_bits_are_trained_in_float32(tiny, dtype):
+def test_weights_of_16_bits_are_trained_in_float32(tmp_path, dtype):
     seen = []
 
     class Watching(RecoveryStrategy):
@@ -137,13 +142,13 @@ def test_weights_of_16_bits_are_trained_in_float32(tiny, dtype):
             job.model.requires_grad_(True)
             return fit(job.model, job, loss)
 
-    result = tiny(Watching(), pruned_model(dtype))
+    result = train_tiny(tmp_path, Watching(), pruned_model(dtype))
     products = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
     assert set(seen) == {(products, torch.float32, dtype)}
     assert {p.dtype for p in result.model.parameters()} == {dtype}
 
 
-def test_adapters_of_weights_in_float16_are_trained_with_gradients_of_a_wider_range(tiny, monkeypatch):
+def test_adapters_of_weights_in_float16_are_trained_with_gradients_of_a_wider_range(tmp_path, monkeypatch):
     seen = []
 
     def watched(model, batch):
@@ -151,52 +156,52 @@ def test_adapters_of_weights_in_float16_are_trained_with_gradients_of_a_wider_ra
         return next_token_loss(model, batch)
 
     monkeypatch.setattr(training, "next_token_loss", watched)
-    result = tiny(LoraStrategy(), pruned_model(torch.float16))
+    result = train_tiny(tmp_path, LoraStrategy(), pruned_model(torch.float16))
     assert set(seen) == {torch.bfloat16} and {p.dtype for p in result.model.parameters()} == {torch.float16}
 
 
-def test_operators_that_refuse_autocast_compute_in_the_precision_of_the_weights(tiny):
+def test_operators_that_refuse_autocast_compute_in_the_precision_of_the_weights(tmp_path):
     """DBRX adds what experts give, in bfloat16 under autocast, to sums in float32."""
     parts = {
         "attn_config": {"rope_theta": 1e4, "kv_n_heads": 2, "clip_qkv": 8.0},
         "ffn_config": {"ffn_hidden_size": 16, "hidden_size": 32},
     }
     config = DbrxConfig(d_model=32, n_heads=4, n_layers=1, vocab_size=tiny_models.tokenizer().vocab_size, **parts)
-    result = tiny(FullStrategy(), (DbrxForCausalLM(config).bfloat16(), None))
+    result = train_tiny(tmp_path, FullStrategy(), (DbrxForCausalLM(config).bfloat16(), None))
     assert result.losses and {p.dtype for p in result.model.parameters()} == {torch.bfloat16}
 
 
-def test_minutes_end_a_training_that_was_interrupted_too(tiny):
+def test_minutes_end_a_training_that_was_interrupted_too(tmp_path):
     options = {"max_steps": None, "minutes": 0.02, "batch_size": None}
-
-    def interrupt(step, *_):
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        tiny(FullStrategy(), on_step=interrupt, **options)
+    interrupted(tmp_path, FullStrategy(), 1, **options)
     began = time.monotonic()
-    result = tiny(FullStrategy(), **options)
+    result = train_tiny(tmp_path, FullStrategy(), **options)
     assert 0.5 < time.monotonic() - began < 30
     assert len(result.losses) > 3 and result.record["settings"]["batch_size"] == 2
     assert result.record["validation"][-1]["step"] == len(result.losses)
 
 
+def filled(rows=500, processes=1, adapters=True, **given):
+    return filled_in(RecoverSettings(data="a", **given), rows, processes, adapters=adapters)
+
+
 def test_batch_sizes_and_steps_follow_the_number_of_rows():
-    of = RecoverSettings(data="a")
-    sizes = {rows: filled_in(of, rows, 1, adapters=True).batch_size for rows in (10, 500, 7000, 50_000)}
-    assert sizes == {10: 2, 500: 4, 7000: 64, 50_000: 64}
-    settings = filled_in(of, 500, 1, adapters=True)
-    assert planned_steps(settings, 500) == 250
-    assert filled_in(RecoverSettings(data="a", max_steps=5), 500, 1, adapters=True).batch_size == 64
-    assert filled_in(RecoverSettings(data="a", minutes=5), 500, 1, adapters=True).batch_size == 4
-
-
-def test_processes_share_a_batch():
+    assert {rows: filled(rows).batch_size for rows in (10, 500, 7000, 50_000)} == {10: 2, 500: 4, 7000: 64, 50_000: 64}
+    assert planned_steps(filled(), 500) == 250
+    assert (filled(max_steps=5).batch_size, filled(minutes=5).batch_size) == (64, 4)
     with pytest.raises(SettingsError, match="--batch-size 64 cannot be shared by 3 processes"):
-        filled_in(RecoverSettings(data="a", batch_size=64), 500, 3, adapters=True)
+        filled(processes=3, batch_size=64)
 
 
-def test_one_process_trains_on_the_device_of_the_model_alone(tiny, monkeypatch):
+def test_a_few_steps_of_all_weights_have_a_lower_rate():
+    rates = [filled(50, adapters=False, max_steps=steps).learning_rate for steps in (300, 12)]
+    assert rates == [1e-4, pytest.approx(1.2e-5)]
+    assert filled(50, max_steps=12).learning_rate == 1e-4
+    assert filled(50, adapters=False, max_steps=12, minutes=1.0).learning_rate == 1e-4, "the schedule lowers it"
+    assert filled(50, adapters=False, max_steps=12, learning_rate=3e-4).learning_rate == 3e-4
+
+
+def test_one_process_trains_on_the_device_of_the_model_alone(tmp_path, monkeypatch):
     """Not on the one that accelerate prefers, nor with a batch for each GPU of the machine."""
     monkeypatch.setattr(Accelerator, "device", torch.device("meta"))
     rows = []
@@ -205,29 +210,29 @@ def test_one_process_trains_on_the_device_of_the_model_alone(tiny, monkeypatch):
         rows.extend(batch["input_ids"] if torch.is_grad_enabled() else ())
         return next_token_loss(model, batch)
 
-    tiny(With(watched), max_steps=1)
+    train_tiny(tmp_path, With(watched), max_steps=1)
     assert len(rows) == 4 and {row.device.type for row in rows} == {"cpu"}
 
 
-def test_another_job_does_not_go_on_from_a_checkpoint(tiny, tmp_path):
-    tiny(LoraStrategy(), max_steps=1)
+def test_another_job_does_not_go_on_from_a_checkpoint(tmp_path):
+    train_tiny(tmp_path, LoraStrategy(), max_steps=1)
     with pytest.raises(OutputError, match=r"another recovery \(settings differ\); start anew with --restart"):
-        tiny(LoraStrategy(), max_steps=2)
+        train_tiny(tmp_path, LoraStrategy(), max_steps=2)
     with pytest.raises(OutputError, match=r"\(strategy, strategy_settings differ\)"):
-        tiny(FullStrategy(), max_steps=1)
+        train_tiny(tmp_path, FullStrategy(), max_steps=1)
     with pytest.raises(OutputError, match=r"\(model differ\)"):
-        tiny(LoraStrategy(), (dense_model(), pruned_model()[1]), max_steps=1)
-    for folder in (tmp_path / "run" / "work").glob("checkpoint-*"):
+        train_tiny(tmp_path, LoraStrategy(), (dense_model(), pruned_model()[1]), max_steps=1)
+    for folder in (tmp_path / "work").glob("checkpoint-*"):
         shutil.rmtree(folder)
-    assert len(tiny(LoraStrategy(), max_steps=2).losses) == 2
+    assert len(train_tiny(tmp_path, LoraStrategy(), max_steps=2).losses) == 2
 
 
-def test_a_training_that_diverges_stops(tiny):
+def test_a_training_that_diverges_stops(tmp_path):
     model, graph = pruned_model()
     with torch.no_grad():
         model.model.norm.weight.fill_(float("nan"))
     with pytest.raises(ModelError, match="became nan at step 0; the weights of the model are damaged"):
-        tiny(LoraStrategy(), (model, graph))
+        train_tiny(tmp_path, LoraStrategy(), (model, graph))
 
 
 def test_a_tokenizer_of_another_model_is_named(tmp_path):
@@ -257,20 +262,20 @@ def test_experts_get_no_adapters():
         adapter_targets(model, graph_of(model, groups[:1]))
 
 
-def test_adapters_for_conv1d_modules(tiny):
+def test_adapters_for_conv1d_modules(tmp_path):
     model = tiny_models.gpt2(positions=64)
     graph = build_graph(AutoFamily(), model.config)
     graph = cut_tensors(model, graph, {"layers.1.mlp": range(0, 64, 2)})
-    result = tiny(LoraStrategy(), (model, graph))
+    result = train_tiny(tmp_path, LoraStrategy(), (model, graph))
     assert isinstance(result.model.transformer.h[1].mlp.c_fc, Conv1D)
     assert result.record["best_step"] > 0
 
 
-def test_modules_that_peft_refuses_are_named(tiny):
+def test_modules_that_peft_refuses_are_named(tmp_path):
     model = MambaForCausalLM(MambaConfig(vocab_size=300, hidden_size=16, num_hidden_layers=2, state_size=4)).eval()
     graph = build_graph(AutoFamily(), model.config)
     with pytest.raises(UnsupportedModelError, match="peft has no adapters for a mamba model"):
-        tiny(LoraStrategy(), (model, graph))
+        train_tiny(tmp_path, LoraStrategy(), (model, graph))
 
 
 # No higher loss than at the start
@@ -311,10 +316,10 @@ class With(RecoveryStrategy):
 @pytest.mark.parametrize(
     ("loss", "options"), [(away, {}), (away, {"validation": 0}), (away, {"max_steps": 1}), (lucky(), {"max_steps": 1})]
 )
-def test_a_result_that_is_no_better_has_the_weights_of_the_start(tiny, loss, options):
+def test_a_result_that_is_no_better_has_the_weights_of_the_start(tmp_path, loss, options):
     model, graph = pruned_model()
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    result = tiny(With(loss), (model, graph), **options)
+    result = train_tiny(tmp_path, With(loss), (model, graph), **options)
     record = result.record
     first, *_, last = record["validation"]
     assert record["best_step"] == 0 and record["improved"] is False
@@ -327,13 +332,7 @@ def test_a_result_that_is_no_better_has_the_weights_of_the_start(tiny, loss, opt
 
 def test_the_weights_of_the_start_are_found_in_a_folder_that_was_moved(tmp_path):
     """Between an interruption and the rest of the training."""
-
-    def interrupt(step, *_):
-        if step == 3:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        train_tiny(tmp_path / "before", With(away), on_step=interrupt)
+    interrupted(tmp_path / "before", With(away), 3)
     (tmp_path / "before").rename(tmp_path / "after")
     result = train_tiny(tmp_path / "after", With(away))
     assert result.record["best_step"] == 0 and len(result.losses) == 6
@@ -345,7 +344,7 @@ def test_the_weights_of_the_start_are_found_in_a_folder_that_was_moved(tmp_path)
     ("base", "dtype", "rate"),
     [(FullStrategy, torch.float32, 1e-4), (FullStrategy, torch.bfloat16, 1e-4), (LoraStrategy, torch.bfloat16, 5e-3)],
 )
-def test_the_loss_is_that_of_the_weights_as_they_are_saved(tiny, base, dtype, rate):
+def test_the_loss_is_that_of_the_weights_as_they_are_saved(tmp_path, base, dtype, rate):
     """At a rate of which bfloat16 keeps little, and where merging adapters rounds."""
     rows = []
 
@@ -354,7 +353,7 @@ def test_the_loss_is_that_of_the_weights_as_they_are_saved(tiny, base, dtype, ra
             rows.extend(job.validation)
             return super().train(job)
 
-    result = tiny(Kept(), pruned_model(dtype), learning_rate=rate, max_steps=3)
+    result = train_tiny(tmp_path, Kept(), pruned_model(dtype), learning_rate=rate, max_steps=3)
     assert result.record["best_step"] > 0 and {p.dtype for p in result.model.parameters()} == {dtype}
     # Weights that are trained are in float32, under autocast.
     widened = base is FullStrategy and dtype == torch.bfloat16
@@ -366,13 +365,3 @@ def test_the_loss_is_that_of_the_weights_as_they_are_saved(tiny, base, dtype, ra
             total += float(next_token_loss(model, batch)) * (ids.numel() - 1)
     mean = total / sum(len(row["input_ids"]) - 1 for row in rows)
     assert first_and_last(result.record)[2] == pytest.approx(mean, abs=1e-6)
-
-
-def test_a_few_steps_of_all_weights_have_a_lower_rate():
-    def rate(adapters=False, **given):
-        return filled_in(RecoverSettings(data="a", **given), 50, 1, adapters=adapters).learning_rate
-
-    assert rate(max_steps=300) == 1e-4 and rate(max_steps=12) == pytest.approx(1.2e-5)
-    assert rate(max_steps=12, adapters=True) == 1e-4
-    assert rate(max_steps=12, minutes=1.0) == 1e-4, "the schedule lowers it"
-    assert rate(max_steps=12, learning_rate=3e-4) == 3e-4

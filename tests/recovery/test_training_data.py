@@ -1,16 +1,23 @@
-"""Data for a training: its forms, rows, and what is held back."""
+"""Data for a training: its forms, rows, and what is held back; examples that the dense model writes."""
 
 import json
 from importlib.resources import files
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import tiny_models
-from recovery_cases import write_lines
+import torch
+from recovery_cases import dense_model, model_of, write_lines
 
-from llmpruner import DataError, ModelFamily
+from llmpruner import DataError, ModelFamily, RunSettings, api
+from llmpruner.calibration import written
 from llmpruner.calibration.conversations import read_examples
+from llmpruner.calibration.written import answered, text_of
+from llmpruner.errors import OutputError
 from llmpruner.models.chat_format import alpaca_prompt
-from llmpruner.recovery.data import prepare, read_data
+from llmpruner.recovery import data as training_data
+from llmpruner.recovery.data import ROWS, DenseText, dense_text_in, prepare, read_data, write_examples
 from llmpruner.settings import RecoverSettings
 
 FAMILY = ModelFamily()
@@ -73,3 +80,156 @@ def test_the_demo_instructions_are_complete_and_distinct():
     rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
     assert len(read_examples(str(file))) == len(rows) == len({(r["instruction"], r["input"]) for r in rows}) >= 160
     assert all(set(r) == {"instruction", "input", "output"} and r["output"].strip() == r["output"] != "" for r in rows)
+
+
+# Text of the dense model
+
+
+TEMPLATE = (
+    "{% for m in messages %}<s>{{ m.role }}: {{ m.content }}</s>{% endfor %}"
+    "{% if add_generation_prompt %}<s>assistant: {% endif %}"
+)
+
+
+INSTRUCTIONS = (Path(written.__file__).parent / "instructions.txt").read_text(encoding="utf-8").splitlines()
+
+
+def test_the_instructions_are_many_and_distinct():
+    assert 250 <= len(INSTRUCTIONS) <= 400 and len({one.lower() for one in INSTRUCTIONS}) == len(INSTRUCTIONS)
+    assert all(one == one.strip() and 8 < len(one) < 250 for one in INSTRUCTIONS)
+
+
+@pytest.mark.parametrize(
+    ("data", "expected"),
+    [
+        ("self", DenseText("self", ROWS // 4, 3 * ROWS // 4)), ("self:40", DenseText("self:40", 10, 30)),
+        ("a.jsonl", None), ("3*a.jsonl,1*self:8", DenseText("self:8", 2, 6)), ("myself", None), ("selfish/data", None),
+        ("self-text", DenseText("self-text", 0, ROWS)), ("a.jsonl,self-text:8", DenseText("self-text:8", 0, 8)),
+        ("self:1", DenseText("self:1", 1, 0)), ("self:3", DenseText("self:3", 1, 2)), ("self-texts", None),
+    ],
+)  # fmt: skip
+def test_the_source_and_its_number_of_rows(data, expected):
+    assert dense_text_in(data) == expected
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ("self:", "--data self:: expected 'self', or 'self:N'"), ("self:0", "expected 'self', or 'self:N'"),
+        ("self:ten", "expected 'self', or 'self:N'"), ("self,2*self:4", "name 'self' or 'self-text' once"),
+        ("self-text:0", "expected 'self-text', or 'self-text:N'"),
+        ("self,self-text", "name 'self' or 'self-text' once"),
+    ],
+)  # fmt: skip
+def test_wrong_numbers_of_rows_are_refused(data, message):
+    with pytest.raises(DataError, match=message):
+        dense_text_in(data)
+
+
+def test_a_file_of_that_name_is_a_file(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "self").write_text("")
+    assert dense_text_in("self") is None
+
+
+def test_text_ends_with_a_sentence():
+    tokenizer = SimpleNamespace(decode=lambda text, **_: text)
+    for text, kept in (
+        ("One. Two! And th", "One. Two!"),
+        ("a list\n- b\n\nand the", "a list\n- b"),
+        ("no end", "no end"),
+    ):
+        assert text_of(tokenizer, text, finished=False) == kept and text_of(tokenizer, text, finished=True) == text
+
+
+@pytest.mark.parametrize("drawn", [False, True])
+def test_answers_are_the_likeliest_tokens_or_follow_the_numbers_of_their_row(random_model, monkeypatch, drawn):
+    """The token of a step is where the cumulative probability exceeds the row's number, whatever the padding."""
+    monkeypatch.setattr("llmpruner.models.numbers.computes_bfloat16_fast", lambda model: False)
+    tokenizer = tiny_models.tokenizer()
+    prompts = [[5, 6, 7], [8], [9, 10, 11, 12, 13]]
+    numbers = torch.rand(3, 6, generator=torch.Generator().manual_seed(0)) if drawn else None
+    found = answered(random_model, tokenizer, prompts, 6, numbers)
+    for row, (prompt, answer) in enumerate(zip(prompts, found, strict=True)):
+        ids = list(prompt)
+        for step in range(6):
+            with torch.no_grad():
+                predicted = random_model(torch.tensor([ids])).logits[0, -1].float().softmax(-1)
+            upto = predicted.cumsum(-1)
+            token = int((upto <= float(numbers[row, step]) * float(upto[-1])).sum() if drawn else predicted.argmax())
+            if token == tokenizer.eos_token_id:
+                break
+            ids.append(token)
+        assert answer == ids[len(prompt) :]
+    assert found == answered(random_model, tokenizer, prompts, 6, numbers)
+
+
+@pytest.fixture(scope="module")
+def random_model():
+    return dense_model()
+
+
+def dense_and_pruned(home, random_model, template=None):
+    tokenizer = tiny_models.tokenizer()
+    tokenizer.chat_template = template
+    random_model.save_pretrained(home / "dense")
+    tokenizer.save_pretrained(home / "dense")
+    api.prune(str(home / "dense"), output=home / "pruned", ratio=0.2, importance="l1", compensate="none")
+    return home
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory, random_model):
+    return dense_and_pruned(tmp_path_factory.mktemp("home"), random_model)
+
+
+@pytest.fixture(autouse=True)
+def few_tokens(monkeypatch):
+    monkeypatch.setattr(training_data, "ANSWER_TOKENS", 8)
+    monkeypatch.setattr(training_data, "TEXT_TOKENS", 6)
+    monkeypatch.setattr(written, "passages_at_once", lambda *_: 4)
+
+
+def recover(home, output, data="self:24", **options):
+    values = {"max_steps": 1, "batch_size": 4, "cutoff": 256, "strategy": "lora", **options}
+    return api.recover(str(home / "pruned"), data=data, output=output, **values)
+
+
+def rows_in(folder):
+    (file,) = folder.glob("self-*.jsonl")
+    return [json.loads(line) for line in file.read_text().split("\n") if line]
+
+
+@pytest.mark.parametrize("template", [None, TEMPLATE], ids=["family's format", "template"])
+def test_a_model_recovers_without_a_corpus(tmp_path, random_model, template):
+    made = recover(dense_and_pruned(tmp_path, random_model, template), tmp_path / "out", work_dir=tmp_path / "work")
+    rows = rows_in(tmp_path / "work")
+    asked = [row["instruction"] for row in rows if "instruction" in row]
+    assert set(asked) <= set(INSTRUCTIONS) and len(set(asked)) == len(asked) and 4 <= len(asked) <= 6
+    assert 14 <= sum("completion" in row for row in rows) <= 18
+    record = made.record["recovery"][0]
+    assert record["data"] == "self:24" and record["examples"] > len(asked) // 2
+
+
+def test_an_interrupted_job_goes_on_with_the_same_rows(home, tmp_path, monkeypatch):
+    recover(home, tmp_path / "one", work_dir=tmp_path / "work")
+    rows = rows_in(tmp_path / "work")
+    # Nothing is written, and the dense model is not loaded.
+    with monkeypatch.context() as patch:
+        patch.setattr("llmpruner.recovery.recover.load_model", lambda *_, **__: pytest.fail("loaded"))
+        recover(home, tmp_path / "again", work_dir=tmp_path / "work")
+    with pytest.raises(OutputError, match="state of another recovery"):
+        recover(home, tmp_path / "other", work_dir=tmp_path / "work", seed=3)
+    recover(home, tmp_path / "anew", work_dir=tmp_path / "work", run=RunSettings(restart=True))
+    assert rows_in(tmp_path / "work") == rows
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").touch()
+    with pytest.raises(OutputError, match="is not the folder of an interrupted run"):
+        recover(home, tmp_path / "other", work_dir=tmp_path / "mine", run=RunSettings(restart=True))
+    assert (tmp_path / "mine" / "thesis.txt").exists()
+
+
+def test_a_model_that_writes_blanks_is_named(random_model, monkeypatch):
+    monkeypatch.setattr(written, "text_of", lambda *_, **__: "")
+    with pytest.raises(DataError, match="writes nothing but blanks"):
+        write_examples(DenseText("self:4", 1, 3), model_of(random_model), 0)

@@ -52,13 +52,9 @@ def tiny_model(kind: str, attention: str = "eager", seed: int = 0, **changes: An
     return model.eval()
 
 
-def prompts(kind: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """A left-padded batch of two and its mask. For ChatGLM-6B one row marks ``[MASK]`` in the middle."""
-    if kind == "chatglm":
-        rows = [[7, 9, 11, MASK, 13, 15, SOP, 20], [PAD, PAD, 21, 22, 23, GMASK, SOP, 24]]
-    else:
-        rows = [[7, 9, 11, 13, 15, 17, 19, 20], [0, 0, 21, 22, 23, 25, 27, 24]]
-    ids = torch.tensor(rows)
+def prompts() -> tuple[torch.Tensor, torch.Tensor]:
+    """A left-padded batch of two for ChatGLM-6B, of which one row marks ``[MASK]`` in the middle, and its mask."""
+    ids = torch.tensor([[7, 9, 11, MASK, 13, 15, SOP, 20], [PAD, PAD, 21, 22, 23, GMASK, SOP, 24]])
     mask = torch.ones_like(ids)
     mask[1, :2] = 0
     return ids, mask

@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import json
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import gguf
 import pytest
 import tiny_models
 import torch
+import transformers
 from checkpoint_cases import cut_llama
-from gguf_cases import CONFIGS, EXPERTS, LLAMA3, YARN, logits, model_of, prompt, random_model, randomised
 from gguf_reference import GgufFile, gguf_logits
 from llmpruner_gguf import GgufExporter
 from llmpruner_gguf import export as steps
+from llmpruner_gguf.bench import gguf_work
 from llmpruner_gguf.export import relative_errors
+from tokenizers import ByteLevelBPETokenizer, Tokenizer, decoders, models, trainers
+from tokenizers.pre_tokenizers import ByteLevel, Punctuation, Sequence
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 import llmpruner
@@ -26,6 +31,82 @@ from llmpruner.discovery.cut import cut
 from llmpruner.errors import CheckpointError, ModelError, UnsupportedModelError
 from llmpruner.exporters import export
 from llmpruner.models.family import AutoFamily
+from llmpruner.models.meta import graph_of
+
+SIZES: dict[str, Any] = {
+    "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 64,
+}  # fmt: skip
+YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 16}
+LLAMA3 = {
+    "rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}  # fmt: skip
+LINEAR = {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}
+BOTH_ROPES = {
+    "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+    "full_attention": {"rope_type": "linear", "rope_theta": 1e6, "factor": 8.0},
+}
+EXPERTS = {"num_experts": 6, "num_experts_per_tok": 2}
+WINDOW = {"head_dim": 16, "sliding_window": 8, "query_pre_attn_scalar": 24}
+
+CONFIGS: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "llama": ("llama", "Llama", {}),
+    "llama-biases": ("llama", "Llama", {"attention_bias": True, "mlp_bias": True}),
+    "llama-tied-wide-heads": ("llama", "Llama", {"head_dim": 16, "tie_word_embeddings": True}),
+    "llama-llama3": ("llama", "Llama", {"rope_parameters": LLAMA3}),
+    "llama-linear": ("llama", "Llama", {"rope_parameters": LINEAR}),
+    "llama-yarn": ("llama", "Llama", {"rope_parameters": YARN}),
+    "llama-yarn-factor": ("llama", "Llama", {"rope_parameters": {**YARN, "attention_factor": 1.5}}),
+    "mistral": ("llama", "Mistral", {"sliding_window": None}),
+    "mixtral": ("llama", "Mixtral", {"num_local_experts": 4}),
+    "qwen2": ("qwen2", "Qwen2", {}),
+    "qwen3": ("qwen3", "Qwen3", {"head_dim": 16}),
+    "qwen3-yarn": ("qwen3", "Qwen3", {"head_dim": 16, "rope_parameters": YARN}),
+    "qwen3-moe": (
+        "qwen3moe", "Qwen3Moe", {"head_dim": 8, "moe_intermediate_size": 32, **EXPERTS, "norm_topk_prob": True}
+    ),
+    "olmoe": ("olmoe", "Olmoe", {"num_key_value_heads": 4, **EXPERTS}),
+    "gemma": ("gemma", "Gemma", {"head_dim": 16}),
+    "gemma2": ("gemma2", "Gemma2", WINDOW),
+    "gemma2-one-layer": (
+        "gemma2", "Gemma2", {"num_hidden_layers": 1, "head_dim": 8, "sliding_window": 8, "query_pre_attn_scalar": 8}
+    ),
+    "gemma3": (
+        "gemma3", "Gemma3Text",
+        {**WINDOW, "num_hidden_layers": 7, "rope_parameters": BOTH_ROPES, "final_logit_softcapping": 20.0},
+    ),
+}  # fmt: skip
+"""Name → architecture in the file, class, and its configuration beside `SIZES`."""
+
+
+def random_model(name: str) -> Any:
+    return model_of(CONFIGS[name][1], **CONFIGS[name][2])
+
+
+def model_of(name: str, **options: Any) -> Any:
+    config = getattr(transformers, f"{name}Config")(**SIZES | copy.deepcopy(options))
+    return randomised(transformers.AutoModelForCausalLM.from_config(config))
+
+
+def randomised(model: Any, spread: float = 0.2) -> Any:
+    """Weights large enough that a wrong order of channels changes logits as much as other weights would."""
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.normal_(1.0 if "norm" in name else 0.0, spread)
+    model.tie_weights()
+    return model.eval()
+
+
+def prompt(model: Any, length: int = 48) -> torch.Tensor:
+    return torch.randint(0, model.config.vocab_size, (length,), generator=torch.Generator().manual_seed(1))
+
+
+def logits(model: Any, ids: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        return model(ids[None], use_cache=False).logits[0].float()
+
 
 BYTE_FALLBACK = Path(__file__).parents[2] / "data" / "vicuna" / "tokenizer" / "tokenizer.model"
 HAS_RUNTIME = importlib.util.find_spec("llama_cpp") is not None
@@ -101,10 +182,6 @@ def test_equal_cuts_that_llama_can_state(name, kind, kept, key, tmp_path):
 
 @pytest.mark.parametrize(("name", "share"), [("mixtral", 2 / 4), ("qwen3-moe", 2 / 6), ("olmoe", 2 / 6)])
 def test_work_in_llama_cpp_is_that_of_the_experts_that_a_token_uses(name, share, tmp_path):
-    from llmpruner_gguf.bench import gguf_work
-
-    from llmpruner.models.meta import graph_of
-
     model = random_model(name)
     _, file = exported(model, tmp_path)
     (ours, _), theirs = gguf_work(file), work_of(model, graph_of(model, ()))
@@ -237,9 +314,6 @@ def test_the_pre_tokenizer_of_the_dense_models_file_is_kept(tmp_path):
 
 
 def test_a_byte_level_tokenizer_without_merges_is_refused_before_writing(tmp_path, capfd):
-    from tokenizers import ByteLevelBPETokenizer
-    from transformers import PreTrainedTokenizerFast
-
     letters = ByteLevelBPETokenizer()
     letters.train_from_iterator([], vocab_size=258, special_tokens=["<s>", "</s>"], show_progress=False)
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=letters._tokenizer, bos_token="<s>", eos_token="</s>")
@@ -249,8 +323,6 @@ def test_a_byte_level_tokenizer_without_merges_is_refused_before_writing(tmp_pat
 
 
 def test_an_unknown_pre_tokenizer_is_refused_unless_named(tmp_path):
-    from tokenizers.pre_tokenizers import ByteLevel, Punctuation, Sequence
-
     tokenizer = tiny_models.tokenizer()
     tokenizer.backend_tokenizer.pre_tokenizer = Sequence([Punctuation(), ByteLevel(add_prefix_space=False)])
     with pytest.raises(UnsupportedModelError, match=r"unknown pre-tokenizer.* --set gguf\.pre=NAME"):
@@ -262,12 +334,10 @@ def test_an_unknown_pre_tokenizer_is_refused_unless_named(tmp_path):
 
 @needs_runtime
 def test_a_wrong_name_of_the_pre_tokenizer_is_found(tmp_path):
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-
     base = Tokenizer(models.BPE())
-    base.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    base.pre_tokenizer = ByteLevel(add_prefix_space=False, use_regex=False)
     base.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    alphabet = ByteLevel.alphabet()
     base.train_from_iterator([tiny_models.TEXT], trainers.BpeTrainer(vocab_size=310, initial_alphabet=alphabet))
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=base)
     with pytest.raises(CheckpointError, match=r"llama\.cpp splits text into other tokens .*--set gguf\.pre"):

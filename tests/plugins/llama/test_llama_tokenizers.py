@@ -14,7 +14,7 @@ import tiktoken
 import torch
 from llama_cases import TOKENIZER, copy_of, set_param, write
 from llmpruner_llama import MetaReader
-from llmpruner_llama.meta_tokenizer import read_tokenizer, stop_tokens
+from llmpruner_llama.meta_tokenizer import stop_tokens
 from transformers import AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 import llmpruner
@@ -39,17 +39,6 @@ def test_sentencepiece_in_the_folder_or_above(beside: bool, tmp_path: Path) -> N
     for text in TEXTS:
         assert ours(text)["input_ids"] == [1, *theirs.encode(text)]
     assert (ours.bos_token_id, ours.eos_token_id) == (theirs.bos_id(), theirs.eos_id())
-
-
-def test_sentencepiece_survives_the_conversion(tmp_path: Path) -> None:
-    folder = copy_of("mha", "2shards", tmp_path / "meta", tokenizer=True)
-    llmpruner.export(folder, to="stock", output=tmp_path / "hf")
-    before, after = MetaReader().read_tokenizer(folder), AutoTokenizer.from_pretrained(tmp_path / "hf")
-    for text in TEXTS:
-        assert after(text)["input_ids"] == before(text)["input_ids"]
-    assert after("Hello")["input_ids"][0] == after.bos_token_id == 1
-    assert (tmp_path / "hf" / "tokenizer.model").read_bytes() == TOKENIZER.read_bytes()
-    assert GenerationConfig.from_pretrained(tmp_path / "hf").eos_token_id == 2
 
 
 def llama3(folder: Path, **params: Any) -> Path:
@@ -107,12 +96,19 @@ def test_special_tokens_of_llama_3_and_3_1(scaled: bool, tmp_path: Path) -> None
     assert stop_tokens(tokenizer) == [first + n for n in ((1, 9, 8) if scaled else (1, 9))]
 
 
-def test_tiktoken_survives_the_conversion(tmp_path: Path) -> None:
-    folder = llama3(tmp_path / "meta", rope_theta=500000.0)
+@pytest.mark.parametrize(("kind", "begin", "end"), [("sentencepiece", 1, 2), ("tiktoken", 269, [270, 278])])
+def test_a_tokenizer_survives_the_conversion(kind: str, begin: int, end: object, tmp_path: Path) -> None:
+    if kind == "tiktoken":
+        folder = llama3(tmp_path / "meta", rope_theta=500000.0)
+    else:
+        folder = copy_of("mha", "2shards", tmp_path / "meta", tokenizer=True)
     llmpruner.export(folder, to="stock", output=tmp_path / "hf")
-    before, after = read_tokenizer(folder / "tokenizer.model"), AutoTokenizer.from_pretrained(tmp_path / "hf")
+    before, after = MetaReader().read_tokenizer(folder), AutoTokenizer.from_pretrained(tmp_path / "hf")
     for text in TEXTS:
         assert after(text)["input_ids"] == before(text)["input_ids"]
     config = json.loads((tmp_path / "hf" / "config.json").read_text())
-    assert (config["bos_token_id"], config["eos_token_id"]) == (269, 270)
-    assert GenerationConfig.from_pretrained(tmp_path / "hf").eos_token_id == [270, 278]
+    assert after("Hello")["input_ids"][0] == after.bos_token_id == config["bos_token_id"] == begin
+    assert after.eos_token_id == config["eos_token_id"] == begin + 1
+    assert GenerationConfig.from_pretrained(tmp_path / "hf").eos_token_id == end
+    if kind == "sentencepiece":
+        assert (tmp_path / "hf" / "tokenizer.model").read_bytes() == TOKENIZER.read_bytes()
