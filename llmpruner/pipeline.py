@@ -96,8 +96,8 @@ def prune(
     structure = opener.structure(source)
     check_job(job, structure, opener)
     if output is None:
-        with opened(job, structure, opener, run) as (model, execution):
-            return prune_model(model, job, execution)
+        model, execution = opened(job, structure, opener, run)
+        return prune_model(model, job, execution)
     with resumable(job, structure, opener, run, output, shared) as (model, execution):
         pruned = prune_model(model, job, execution)
         pruned = saved(pruned, output, execution, "prune", {**job.given, **opener.load.given()})
@@ -122,7 +122,7 @@ def plan(source: Source | Reference, job: PruneJob, opener: Opener, run: RunSett
     """The plan of `prune`, and the sizes of the model before and after the cut. Raises as `llmpruner.plan`."""
     structure = opener.structure(source)
     check_job(job, structure, opener)
-    with opened(job, structure, opener, run, cuts=False) as (model, execution):
-        text = calibrate(model, job, execution)
-        selected = select(model, job, text, execution)
-        return selected, replace(outcome_of(model, selected, job.budget, text), forecast=execution.forecast)
+    model, execution = opened(job, structure, opener, run, cuts=False)
+    text = calibrate(model, job, execution)
+    selected = select(model, job, text, execution)
+    return selected, replace(outcome_of(model, selected, job.budget, text), forecast=execution.forecast)

@@ -27,17 +27,16 @@ from .saving import save
 _LOG = logging.getLogger("llmpruner")
 
 
-@contextmanager
 def opened(
     job: Job, structure: Structure, opener: Opener, run: RunSettings, *, cuts: bool = True
-) -> Iterator[tuple[Model, Execution]]:
+) -> tuple[Model, Execution]:
     """The model with its weights, and how to run it, for a result that stays in memory. ``cuts``: whether it is cut."""
     ranks = Ranks.current()
     expected = _expected(job, structure, opener, run, ranks, cuts=cuts, in_memory=cuts)
     if not cuts:
         ranks.from_first(lambda: check_space(Path(gettempdir()) / "llmpruner", expected.disk, "hidden states"))
     model = opener.weights(structure, streamed=expected.streamed)
-    yield model, Execution(model.weights, ranks, progress=opener.progress, forecast=asdict(expected))
+    return model, Execution(model.weights, ranks, progress=opener.progress, forecast=asdict(expected))
 
 
 @contextmanager
