@@ -8,14 +8,8 @@ import torch
 import transformers
 from checkpoint_cases import INPUT_IDS, SIZES
 from llmpruner_llama import LlamaFamily
-from transformers import (
-    CONFIG_MAPPING,
-    MODEL_FOR_CAUSAL_LM_MAPPING,
-    AutoModelForCausalLM,
-    LlamaConfig,
-    LlamaForCausalLM,
-)
-from transformers.models.llama.modeling_llama import LlamaAttention, LlamaMLP
+from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, LlamaConfig
+from transformers.models.llama.modeling_llama import LlamaAttention, LlamaForCausalLM, LlamaMLP
 
 from llmpruner import build_graph, save_checkpoint
 from llmpruner.discovery.cut import cut

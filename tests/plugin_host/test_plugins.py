@@ -10,19 +10,11 @@ from pydantic import Field
 from transformers import LlamaConfig
 from typer.testing import CliRunner
 
-from llmpruner import (
-    CheckpointReader,
-    ImportanceCriterion,
-    ModelError,
-    ModelFamily,
-    UnsupportedModelError,
-    hookimpl,
-    load_catalog,
-)
+from llmpruner import CheckpointReader, ImportanceCriterion, ModelError, ModelFamily, hookimpl, load_catalog
 from llmpruner.cli.app import build_app
 from llmpruner.component import ComponentSettings
 from llmpruner.discovery.opening import family_for, register_models
-from llmpruner.errors import PluginError, SettingsError, UnknownNameError
+from llmpruner.errors import PluginError, SettingsError, UnknownNameError, UnsupportedModelError
 from llmpruner.evaluation.evaluate import Metric
 from llmpruner.models.reference import resolve
 from llmpruner.plugins import hookspecs

@@ -143,44 +143,39 @@ def test_text_ends_with_a_sentence():
 
 
 @pytest.mark.parametrize("drawn", [False, True])
-def test_answers_are_the_likeliest_tokens_or_follow_the_numbers_of_their_row(random_model, monkeypatch, drawn):
+def test_answers_are_the_likeliest_tokens_or_follow_the_numbers_of_their_row(monkeypatch, drawn):
     """The token of a step is where the cumulative probability exceeds the row's number, whatever the padding."""
     monkeypatch.setattr("llmpruner.models.numbers.computes_bfloat16_fast", lambda model: False)
-    tokenizer = tiny_models.tokenizer()
+    model, tokenizer = dense_model(), tiny_models.tokenizer()
     prompts = [[5, 6, 7], [8], [9, 10, 11, 12, 13]]
     numbers = torch.rand(3, 6, generator=torch.Generator().manual_seed(0)) if drawn else None
-    found = answered(random_model, tokenizer, prompts, 6, numbers)
+    found = answered(model, tokenizer, prompts, 6, numbers)
     for row, (prompt, answer) in enumerate(zip(prompts, found, strict=True)):
         ids = list(prompt)
         for step in range(6):
             with torch.no_grad():
-                predicted = random_model(torch.tensor([ids])).logits[0, -1].float().softmax(-1)
+                predicted = model(torch.tensor([ids])).logits[0, -1].float().softmax(-1)
             upto = predicted.cumsum(-1)
             token = int((upto <= float(numbers[row, step]) * float(upto[-1])).sum() if drawn else predicted.argmax())
             if token == tokenizer.eos_token_id:
                 break
             ids.append(token)
         assert answer == ids[len(prompt) :]
-    assert found == answered(random_model, tokenizer, prompts, 6, numbers)
+    assert found == answered(model, tokenizer, prompts, 6, numbers)
 
 
-@pytest.fixture(scope="module")
-def random_model():
-    return dense_model()
-
-
-def dense_and_pruned(home, random_model, template=None):
+def dense_and_pruned(home, template=None):
     tokenizer = tiny_models.tokenizer()
     tokenizer.chat_template = template
-    random_model.save_pretrained(home / "dense")
+    dense_model().save_pretrained(home / "dense")
     tokenizer.save_pretrained(home / "dense")
     api.prune(str(home / "dense"), output=home / "pruned", ratio=0.2, importance="l1", compensate="none")
     return home
 
 
 @pytest.fixture(scope="module")
-def home(tmp_path_factory, random_model):
-    return dense_and_pruned(tmp_path_factory.mktemp("home"), random_model)
+def home(tmp_path_factory):
+    return dense_and_pruned(tmp_path_factory.mktemp("home"))
 
 
 @pytest.fixture(autouse=True)
@@ -201,8 +196,8 @@ def rows_in(folder):
 
 
 @pytest.mark.parametrize("template", [None, TEMPLATE], ids=["family's format", "template"])
-def test_a_model_recovers_without_a_corpus(tmp_path, random_model, template):
-    made = recover(dense_and_pruned(tmp_path, random_model, template), tmp_path / "out", work_dir=tmp_path / "work")
+def test_a_model_recovers_without_a_corpus(tmp_path, template):
+    made = recover(dense_and_pruned(tmp_path, template), tmp_path / "out", work_dir=tmp_path / "work")
     rows = rows_in(tmp_path / "work")
     asked = [row["instruction"] for row in rows if "instruction" in row]
     assert set(asked) <= set(INSTRUCTIONS) and len(set(asked)) == len(asked) and 4 <= len(asked) <= 6
@@ -229,7 +224,7 @@ def test_an_interrupted_job_goes_on_with_the_same_rows(home, tmp_path, monkeypat
     assert (tmp_path / "mine" / "thesis.txt").exists()
 
 
-def test_a_model_that_writes_blanks_is_named(random_model, monkeypatch):
+def test_a_model_that_writes_blanks_is_named(monkeypatch):
     monkeypatch.setattr(written, "text_of", lambda *_, **__: "")
     with pytest.raises(DataError, match="writes nothing but blanks"):
-        write_examples(DenseText("self:4", 1, 3), model_of(random_model), 0)
+        write_examples(DenseText("self:4", 1, 3), model_of(dense_model()), 0)

@@ -28,6 +28,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 import llmpruner
 from llmpruner import build_graph, save_checkpoint, work_of
 from llmpruner.discovery.cut import cut
+from llmpruner.discovery.oracle import logits
 from llmpruner.errors import CheckpointError, ModelError, UnsupportedModelError
 from llmpruner.exporters import export
 from llmpruner.models.family import AutoFamily
@@ -103,11 +104,6 @@ def prompt(model: Any, length: int = 48) -> torch.Tensor:
     return torch.randint(0, model.config.vocab_size, (length,), generator=torch.Generator().manual_seed(1))
 
 
-def logits(model: Any, ids: torch.Tensor) -> torch.Tensor:
-    with torch.no_grad():
-        return model(ids[None], use_cache=False).logits[0].float()
-
-
 BYTE_FALLBACK = Path(__file__).parents[2] / "data" / "vicuna" / "tokenizer" / "tokenizer.model"
 HAS_RUNTIME = importlib.util.find_spec("llama_cpp") is not None
 HOW = "verified by llama.cpp's logits" if HAS_RUNTIME else "read back; install llama-cpp-python"
@@ -136,9 +132,9 @@ def value(file, key):
     return gguf.GGUFReader(file).fields[key].contents()
 
 
-def assert_same_logits(model, found, tolerance=1e-4):
-    errors = relative_errors(logits(model, prompt(model)), found)
-    assert float(errors.max()) < tolerance
+def error_of(model, found):
+    """The largest error of logits for the prompt, relative to those of ``model``."""
+    return float(relative_errors(logits(model, prompt(model)[None])[0], found).max())
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -146,7 +142,7 @@ def test_every_architecture(name, tmp_path):
     model = random_model(name)
     line, file = exported(model, tmp_path)
     assert line.startswith(f"tiny.gguf ({CONFIGS[name][0]}, f32, ") and HOW in line
-    assert_same_logits(model, gguf_logits(file, prompt(model)))
+    assert error_of(model, gguf_logits(file, prompt(model))) < 1e-4
     assert {path.name for path in file.parent.iterdir()} == {"tiny.gguf", "Modelfile"}
     assert (file.parent / "Modelfile").read_text() == "FROM ./tiny.gguf\n"
     assert value(file, "tokenizer.ggml.model") == "none", "the source has no tokenizer"
@@ -157,7 +153,7 @@ def test_different_sizes_per_layer(name, tmp_path):
     model = randomised(cut_llama(name))
     line, file = exported(model, tmp_path)
     assert "(deci, f32" in line and HOW in line
-    assert_same_logits(model, gguf_logits(file, prompt(model)))
+    assert error_of(model, gguf_logits(file, prompt(model))) < 1e-4
     for key, expected in FREE[name].items():
         assert value(file, f"deci.{key}") == expected
     assert value(file, "deci.attention.key_length") == value(file, "deci.rope.dimension_count") == 8
@@ -177,7 +173,7 @@ def test_equal_cuts_that_llama_can_state(name, kind, kept, key, tmp_path):
     model = without(name, {f"layers.{layer}.{kind}": kept for layer in range(3)})
     line, file = exported(model, tmp_path)
     assert "(llama, f32" in line and value(file, f"llama.{key}") == len(kept)
-    assert_same_logits(model, gguf_logits(file, prompt(model)))
+    assert error_of(model, gguf_logits(file, prompt(model))) < 1e-4
 
 
 @pytest.mark.parametrize(("name", "share"), [("mixtral", 2 / 4), ("qwen3-moe", 2 / 6), ("olmoe", 2 / 6)])
@@ -276,7 +272,7 @@ def test_the_reference_notices_a_wrong_file(mistake, tmp_path, monkeypatch):
     monkeypatch.setattr(steps, "find_spec", lambda name: None)
     model = random_model(name)
     _, file = exported(model, tmp_path)
-    assert float(relative_errors(logits(model, prompt(model)), gguf_logits(file, prompt(model))).max()) > 1e-2
+    assert error_of(model, gguf_logits(file, prompt(model))) > 1e-2
 
 
 def byte_level_model():
@@ -382,10 +378,10 @@ def test_a_gguf_file_becomes_a_stock_checkpoint(tmp_path):
     line = llmpruner.export(file, to="stock", output=tmp_path / "stock")
     assert line.startswith("LlamaForCausalLM of transformers loads it")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "stock").eval()
-    assert_same_logits(model, logits(again, prompt(model)))
+    assert error_of(model, logits(again, prompt(model)[None])[0]) < 1e-4
     read = AutoTokenizer.from_pretrained(tmp_path / "stock")
     assert read(tiny_models.TEXT)["input_ids"] == tokenizer(tiny_models.TEXT)["input_ids"]
     llmpruner.export(file, to="gguf", output=tmp_path / "gguf")
-    assert_same_logits(model, gguf_logits(tmp_path / "gguf" / file.name, prompt(model)))
+    assert error_of(model, gguf_logits(tmp_path / "gguf" / file.name, prompt(model))) < 1e-4
     with pytest.raises(ModelError, match=r"none\.gguf' does not exist"):
         llmpruner.export(tmp_path / "none.gguf", to="stock", output=tmp_path / "none")

@@ -132,8 +132,7 @@ def test_by_name(name: str, family: str) -> None:
 def test_a_vicuna_of_another_format_has_that_of_llama(folder: str, saved_as: str, tmp_path: Path) -> None:
     """Alpaca's: its card gives prompts with ``### Instruction:`` and ``### Response:``."""
     LlamaConfig(num_hidden_layers=1).save_pretrained(tmp_path / folder)
-    file = tmp_path / folder / "config.json"
-    file.write_text(json.dumps({**json.loads(file.read_text()), "_name_or_path": saved_as}))
+    set_config(tmp_path / folder, _name_or_path=saved_as)
     family = family_for(load_catalog(), AutoConfig.from_pretrained(tmp_path / folder))
     assert family.name == "llama" and "### Instruction:" in chat_prompt(family, None, "Why?").text
 
