@@ -169,5 +169,7 @@ def write_failure(error: BaseException) -> str | None:
 def check_space(path: Path, size: float, what: str) -> None:
     """Raise `OutputError` where the file system of the new ``path`` has less than ``size`` bytes free for ``what``."""
     if size > (free := shutil.disk_usage(path.resolve().parent).free):
-        needs = f"'{path}' needs about {bytes_text(size)} of disk for {what}, and {bytes_text(free)} are free there"
-        raise OutputError(f"{needs}; free some, or choose another place")
+        raise OutputError(
+            f"'{path}' needs about {bytes_text(size)} of disk for {what}, "
+            f"and {bytes_text(free)} are free there; free some, or choose another place"
+        )

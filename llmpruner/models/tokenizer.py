@@ -117,6 +117,7 @@ def check_ids(ids: torch.Tensor, model: Any) -> torch.Tensor:
     rows = model.get_input_embeddings().weight.shape[0]
     largest = int(ids.max()) if ids.numel() else -1
     if largest >= rows:
-        differ = f"the tokenizer gives token {largest}, and the model has {rows} embeddings"
-        raise DataError(f"{differ}: it is that of another model")
+        raise DataError(
+            f"the tokenizer gives token {largest}, and the model has {rows} embeddings: it is that of another model"
+        )
     return ids

@@ -208,8 +208,10 @@ def _claim(work_dir: Path, identity: dict[str, Any]) -> None:
     kept = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     changed = [key for key, value in identity.items() if kept.get(key) != value]
     if changed and any(work_dir.glob("checkpoint-*")):
-        state = f"the state of another recovery ({', '.join(changed)} differ)"
-        raise OutputError(f"{work_dir} holds {state}; start anew with --restart, or choose another output")
+        raise OutputError(
+            f"{work_dir} holds the state of another recovery ({', '.join(changed)} differ); start anew with --restart, "
+            "or choose another output"
+        )
     work_dir.mkdir(parents=True, exist_ok=True)
     write_text(file, json.dumps(identity, indent=2) + "\n")
 
