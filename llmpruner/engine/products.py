@@ -19,6 +19,7 @@ from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 
 from ..errors import PluginError
+from ..models.devices import of_sums
 from ..models.numbers import multiplies_bfloat16_fast
 from .ranks import Ranks
 from .signals import Product, ProductStats
@@ -219,7 +220,8 @@ class ReduceProducts:
         totals: dict[str, dict[str, torch.Tensor]] = {name: {} for name in axes}
         for (name, of), shape in shapes.items():
             device, total = self.model.get_parameter(name).device, self._sums.get(name, {}).get(of)
-            totals[name][of] = torch.zeros(shape, dtype=torch.float64, device=device) if total is None else total
+            zeros = torch.zeros(shape, dtype=torch.float64, device=of_sums(device))
+            totals[name][of] = zeros if total is None else total
         ranks.sum_(tensor for sums in totals.values() for tensor in sums.values())
         return {name: ProductStats(sums, axes[name]) for name, sums in totals.items()}
 
@@ -267,11 +269,11 @@ class ReduceProducts:
         for name, value in measured.items():
             if name not in sums:
                 stack = () if slot is None else (self.model.get_parameter(parameter).shape[0],)
-                sums[name] = torch.zeros((*stack, *value.shape), dtype=torch.float64, device=value.device)
+                sums[name] = torch.zeros((*stack, *value.shape), dtype=torch.float64, device=of_sums(value.device))
             total = sums[name] if slot is None else sums[name][slot]
             if total.shape != value.shape:
                 raise PluginError(
                     f"measure returns '{name}' of shape {tuple(value.shape)} for one product with a weight and of "
                     f"shape {tuple(total.shape)} for another; sums of one name must have one shape"
                 )
-            total += value
+            total += value.to(total.device)

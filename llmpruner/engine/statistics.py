@@ -16,6 +16,7 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 from ..errors import ModelError
+from ..models.devices import doubled, of_sums
 from ..models.numbers import with_fast_products
 from .execution import Execution
 from .gradients import GradientSums, GradientWalk, requiring_grad
@@ -122,13 +123,13 @@ class SignalWalk:
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
         grad = sums.grad if sums is not None and Signal.GRAD in self.needs else None
         grad_sq = None if sums is None else sums.grad_sq
-        dtype = torch.float32 if Signal.WEIGHT in self.needs else parameter.dtype
+        dtype, where = torch.float32 if Signal.WEIGHT in self.needs else parameter.dtype, of_sums(parameter.device)
         for number in range(len(parameter)) if self.by_matrix and parameter.dim() == 3 else (None,):
             part = ... if number is None else slice(number, number + 1)
             signals = ParameterSignals(
-                parameter[part].to(dtype),
-                None if grad is None else grad[part].float(),
-                None if grad_sq is None else grad_sq[part],
+                parameter[part].to(where, dtype),
+                None if grad is None else grad[part].to(where, torch.float32),
+                None if grad_sq is None else grad_sq[part].to(where),
                 generator,
                 inputs if inputs is None or number is None else inputs.of_matrix(number),
                 products if products is None or number is None else products.of_matrix(number),
@@ -167,7 +168,7 @@ class _InputSums:
             stack, width = weight.shape[:-2], weight.shape[axis]
             shape = [*stack, 1, 1]
             shape[axis] = width
-            sums = [torch.zeros(shape, dtype=torch.float64, device=weight.device) for _ in range(2)]
+            sums = [torch.zeros(shape, dtype=torch.float64, device=of_sums(weight.device)) for _ in range(2)]
             outer = [torch.zeros(*stack, width, width, device=weight.device)] if self._gram else []
             self._axes[name], self._sums[name] = axis, sums + outer
         return self._sums[name]
@@ -176,8 +177,8 @@ class _InputSums:
         total, square, *outer = self._of(product.parameter, product.axis)
         matrix, inputs = ... if product.slot is None else product.slot, product.inputs.float()
         # The tokens of a micro-batch in float32, by torch's pairwise sums: casting all inputs would take far longer.
-        total[matrix].view(-1).add_(inputs.sum(0))
-        square[matrix].view(-1).add_(inputs.square().sum(0))
+        total[matrix].view(-1).add_(inputs.sum(0).to(total.device))
+        square[matrix].view(-1).add_(inputs.square().sum(0).to(total.device))
         for lower in outer:
             add_gram(lower[matrix], inputs)
 
@@ -192,7 +193,7 @@ class _InputSums:
             if not bool(second_moment.isfinite().all()):
                 dtype = str(self._model.dtype).removeprefix("torch.")
                 raise ModelError(f"the inputs of '{name}' are not finite numbers: activations overflow in {dtype}")
-            gram = (outer[0].tril() + outer[0].tril(-1).mT) / tokens if outer else None
+            gram = ((outer[0].tril() + outer[0].tril(-1).mT) / tokens).to(mean.device) if outer else None
             statistics[name] = InputStats(mean, second_moment, axes[name], gram)
         return statistics
 
@@ -250,7 +251,7 @@ def token_statistics(execution: Execution, calibration: CalibrationSet, tokenize
         ids = calibration.first(PREDICTED).input_ids.to(model.device)
         for sample in execution.progress.track(torch.split(ids, 1), "Predicting tokens"):
             logits = with_fast_products(model, partial(model, input_ids=sample, use_cache=False)).logits
-            expected += logits[0].float().softmax(-1).sum(0).double().cpu()
+            expected += doubled(logits[0].float().softmax(-1).sum(0)).cpu()
             predicted += sample.numel()
     return TokenStats(counts, expected, predicted, tokenizer)
 
@@ -258,7 +259,7 @@ def token_statistics(execution: Execution, calibration: CalibrationSet, tokenize
 def divergence(reference_BTV: torch.Tensor, logits_BTV: torch.Tensor) -> float:
     """Sum of KL(reference ‖ logits) over all positions but the last of each sequence, in nats."""
     pairs = zip(reference_BTV, logits_BTV, strict=True)
-    return sum(float(divergences(reference[:-1], logits[:-1]).double().sum()) for reference, logits in pairs)
+    return sum(float(doubled(divergences(reference[:-1], logits[:-1])).sum()) for reference, logits in pairs)
 
 
 def divergences(reference_TV: torch.Tensor, logits_TV: torch.Tensor) -> torch.Tensor:

@@ -13,6 +13,7 @@ from torch.nn import functional
 from ..calibration.windows import opening_tokens
 from ..engine.statistics import divergences
 from ..errors import DataError, ModelError
+from ..models.devices import doubled
 from ..models.numbers import autocast_to, multiplies_bfloat16_fast
 from ..models.tokenizer import check_ids, check_one_head, tokens_of
 from ..models.vocabulary import InTokens
@@ -66,7 +67,7 @@ class Scored:
         for row, ids in enumerate(ids_BT):
             logits_NV = logits_BTV[row, at_N]
             next_N = ids[at_N + 1].to(logits_NV.device)
-            self.nll += float(functional.cross_entropy(logits_NV.float(), next_N, reduction="none").double().sum())
+            self.nll += float(doubled(functional.cross_entropy(logits_NV.float(), next_N, reduction="none")).sum())
             self.tokens += len(at_N)
             if expected_BTV is None:
                 self.compared += len(at_N)
@@ -77,7 +78,7 @@ class Scored:
                 agree_N = self.reference.agree(ids)[at_N]
                 expected_NV, logits_NV = expected_NV[agree_N], logits_NV[agree_N]
             self.compared += len(logits_NV)
-            self.kl += float(divergences(expected_NV, logits_NV).double().sum())
+            self.kl += float(doubled(divergences(expected_NV, logits_NV)).sum())
             self.agreed += int((expected_NV.argmax(-1) == logits_NV.argmax(-1).to(expected_NV.device)).sum())
         if math.isnan(self.nll):
             raise ModelError(

@@ -15,6 +15,7 @@ import torch
 from ..engine.execution import Execution
 from ..engine.statistics import divergences
 from ..engine.walk import CalibrationSet, Stop, as_output, hidden_of, replaced_layers
+from ..models.devices import doubled
 from ..models.generation import LOGIT_ELEMENTS
 from ..models.model import Model
 from ..models.numbers import with_fast_products
@@ -101,7 +102,7 @@ def _compared(dense: Dense, pruned: Model) -> Quality | None:
         rows = max(1, LOGIT_ELEMENTS // (2 * predicted_tokens(pruned.network)))
         for part_2ND in torch.split(both_2ND, rows, 1):
             before, after = _logits(execution, dense.ids[:1, :1], part_2ND, further)
-            kl += float(divergences(before, after).double().sum())
+            kl += float(doubled(divergences(before, after)).sum())
             agreed += int((before.argmax(-1) == after.argmax(-1)).sum())
     return Quality(kl / tokens, agreed / tokens, tokens) if isfinite(kl) else None
 

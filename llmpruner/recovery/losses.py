@@ -9,6 +9,7 @@ import torch
 from torch.nn import functional
 
 from ..calibration.chat import IGNORED
+from ..models.devices import of_sums
 from ..models.tokenizer import check_one_head
 from .base import RecoveryJob
 
@@ -92,7 +93,7 @@ class _MeanOverTokens(torch.autograd.Function):
     def forward(ctx: Any, logits: torch.Tensor, places: torch.Tensor, next_tokens: torch.Tensor, term: Term) -> Any:
         count, needed = len(places), ctx.needs_input_grad[0]
         size = max(1, _ELEMENTS // logits.shape[-1])
-        total = torch.zeros((), dtype=torch.float64, device=logits.device)
+        total = torch.zeros((), dtype=torch.float64, device=of_sums(logits.device))
         gradient = torch.zeros_like(logits) if needed else None
         # The precision of the loss is float32 wherever it is called.
         with torch.autocast(logits.device.type, enabled=False):
@@ -100,12 +101,12 @@ class _MeanOverTokens(torch.autograd.Function):
                 block = logits.index_select(0, at).float().requires_grad_(needed)
                 with torch.set_grad_enabled(needed):
                     loss = term(block, at, expected).sum()
-                total += loss.detach()
+                total += loss.detach().to(total.device)
                 if gradient is not None:
                     (of_block,) = torch.autograd.grad(loss, block)
                     gradient.index_copy_(0, at, of_block.div_(count).to(gradient.dtype))
         ctx.gradient = gradient
-        return (total / max(count, 1)).float()
+        return (total / max(count, 1)).float().to(logits.device)
 
     @staticmethod
     def backward(ctx: Any, *upstream: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:

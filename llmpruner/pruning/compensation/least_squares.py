@@ -22,6 +22,7 @@ from ...engine.products import WatchedProduct
 from ...engine.ranks import Ranks
 from ...engine.statistics import add_gram
 from ...errors import no_bias
+from ...models.devices import doubled, of_sums
 from .readers import Reader
 
 _LOG = logging.getLogger("llmpruner")
@@ -90,7 +91,7 @@ class WeightFitter:
             return inf
         old_OI = self._old()
         step = max(1, len(old_OI) // _OUTPUTS)
-        old_IO = old_OI[::step].T.double()
+        old_IO = doubled(old_OI[::step].T)
         weight = _ridge(self._fit, old_IO, RIDGES[trial], step) if trial < len(RIDGES) else old_IO
         error = inf if weight is None else self._held_out.error(weight, step)
         return error if isfinite(error) else inf
@@ -99,7 +100,7 @@ class WeightFitter:
         """Set W_R to zero, and W_K and b to the best fit on all rows if one beats the old weights on held-out rows."""
         before = after = None
         step = max(1, len(self._held_out.squares) // _OUTPUTS)
-        whole = float(self._held_out.squares[::step].double().sum()) / max(self._held_out.rows, 1)
+        whole = float(doubled(self._held_out.squares[::step]).sum()) / max(self._held_out.rows, 1)
         if whole and isfinite(errors[-1]):
             # The best fit is no worse than the old weights. Differences of sums in float32 may fall below zero.
             before, after = max(0.0, 1 + errors[-1] / whole), max(0.0, 1 + min(errors) / whole)
@@ -111,9 +112,9 @@ class WeightFitter:
             self._fit.gram += self._held_out.gram
             self._fit.cross += self._held_out.cross
         for _, trial in better:
-            fitted = _ridge(self._fit, old_OI.T.double(), RIDGES[trial])
+            fitted = _ridge(self._fit, doubled(old_OI.T), RIDGES[trial])
             if fitted is not None:
-                new, ridge = fitted.T.float(), RIDGES[trial]
+                new, ridge = fitted.T.float().to(old_OI.device), RIDGES[trial]
                 break
         if self.bias is not None:
             self.bias.copy_(new[:, -1])
@@ -137,10 +138,10 @@ class BiasFitter:
             raise no_bias(reader.parameter)
         self.matrix, self.bias, self.rows = matrix, bias, 0
         self.kept = reader.kept.to(matrix.device)
-        self.total = torch.zeros(matrix.shape[1], dtype=torch.float64, device=matrix.device)
+        self.total = torch.zeros(matrix.shape[1], dtype=torch.float64, device=of_sums(matrix.device))
 
     def add(self, use: WatchedProduct, target: torch.Tensor) -> None:
-        self.total += use.inputs.sum(0, dtype=torch.float64)
+        self.total += use.inputs.to(self.total.device).sum(0, dtype=torch.float64)
         self.rows += len(use.inputs)
 
     def reduce(self, ranks: Ranks) -> None:
@@ -152,10 +153,10 @@ class BiasFitter:
 
     def write(self, key: Matrix, errors: Sequence[float]) -> Fit:
         """Change b, and set W_R to zero. The `Fit` has the number of tokens in the mean."""
-        removed = torch.ones(len(self.total), dtype=torch.bool, device=self.total.device)
+        removed = torch.ones(len(self.total), dtype=torch.bool, device=self.matrix.device)
         removed[self.kept] = False
-        lost = self.total / max(self.rows, 1) * removed
-        self.bias += (self.matrix.double() @ lost).to(self.bias.dtype)
+        lost = self.total / max(self.rows, 1) * removed.to(self.total.device)
+        self.bias += (doubled(self.matrix) @ lost).to(self.bias)
         self.matrix[:, removed] = 0
         return Fit(*key, self.rows, None)
 
@@ -219,15 +220,15 @@ class _Sums:
             # The rows of the symmetric matrix: left of the diagonal as they are, right of it from the columns.
             full = self.gram[rows].tril(start)
             full[:, start:] += self.gram[start:, rows].tril(-1).mT
-            product = full.to(weight_IO.dtype) @ weight_IO
-            product -= 2 * self.cross[rows, ::step].to(weight_IO.dtype)
+            product = full.to(weight_IO) @ weight_IO
+            product -= 2 * self.cross[rows, ::step].to(weight_IO)
             total += float((product * weight_IO[rows]).sum())
         return total / max(self.rows, 1)
 
 
 def _ridge(sums: _Sums, old_IO: torch.Tensor, ridge: float, step: int = 1) -> torch.Tensor | None:
     """The fit (in, out), float64, of every ``step``-th output. None where XᵀX + λI, rounded, has no Cholesky factor."""
-    gram = sums.gram.double()
+    gram = doubled(sums.gram)
     strength = ridge * float(gram.diagonal().mean())
     # Where all inputs are always zero, λ is zero too; the smallest float32 keeps the system solvable.
     gram.diagonal().add_(max(strength, torch.finfo(torch.float32).tiny))
@@ -237,7 +238,7 @@ def _ridge(sums: _Sums, old_IO: torch.Tensor, ridge: float, step: int = 1) -> to
     torch.linalg.cholesky_ex(gram.mT, upper=True, out=(gram.mT, failed))
     if failed:
         return None
-    targets = sums.cross[:, ::step].double().add_(old_IO, alpha=strength)
+    targets = doubled(sums.cross[:, ::step]).add_(old_IO, alpha=strength)
     torch.linalg.solve_triangular(gram, targets, upper=False, out=targets)
     torch.linalg.solve_triangular(gram.mT, targets, upper=True, out=targets)
     return targets

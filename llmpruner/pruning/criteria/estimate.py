@@ -46,10 +46,10 @@ def estimate(
     execution, signals = execution or Execution.of(model, graph.layers), criterion.needs
     if calibration is not None and signals & {Signal.STREAM, Signal.STREAM_BLOCKS}:
         of_layers = criterion.score_layers(stream_statistics(execution, calibration, length, removable))
-        scores = {group.name: of_layers.double().cpu() for group in groups}
+        scores = {group.name: of_layers.cpu().double() for group in groups}
     elif calibration is not None and Signal.TOKENS in signals:
         of_tokens = criterion.score_tokens(token_statistics(execution, calibration, tokenizer))
-        scores = {group.name: of_tokens.double().cpu() for group in groups}
+        scores = {group.name: of_tokens.cpu().double() for group in groups}
     else:
         uses = scored_spans(graph, groups, criterion)
         reads, measure = kinds_read(graph), criterion.measure
@@ -90,7 +90,7 @@ def _score(
             if signals.matrix is None:
                 scores = criterion.score_units(signals, use.axis, _index(use, signals.weight))
                 if scores is not None:
-                    partial[use.group.name, use.layer][use.number] = scores.double().cpu()
+                    partial[use.group.name, use.layer][use.number] = scores.cpu().double()
                     continue
             if saliency is None:
                 saliency = criterion.saliency(signals)
