@@ -279,9 +279,8 @@ def bench(
     opener = _opener(load, catalog, progress)
     from .evaluation.bench import bench as _bench
     from .evaluation.bench import bench_subject
-    from .models.numbers import check_device
 
-    check_device(opener.load.device)
+    opener.device  # noqa: B018 - refused before any model is opened
     return _bench([bench_subject(each, options, opener) for each in references], runtime, options, progress)
 
 

@@ -90,8 +90,8 @@ class LoadSettings(Settings):
     """Model family; by default the one that matches, else structure is discovered."""
     dtype: Dtype = "auto"
     """Weights in memory: auto, float32, bfloat16, float16. auto: as stored, but float16 becomes float32 on a CPU."""
-    device: str = "cpu"
-    """cpu, cuda, cuda:1, mps …"""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:1, mps, xpu … auto: the accelerator that is there, else the CPU."""
     revision: str | None = None
     """Branch, tag or commit of a hub model."""
     trust_remote_code: bool = False

@@ -11,6 +11,7 @@ from os.path import exists
 from pathlib import Path
 from typing import Any
 
+import torch
 from pydantic import ValidationError
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
@@ -27,11 +28,12 @@ from ..errors import (
     not_pruned,
 )
 from ..files import WEIGHTS
+from ..models.devices import described, device_of
 from ..models.family import AUTO, ModelFamily
 from ..models.messages import ALLOW, from_pretrained, in_one_line, quiet_transformers
 from ..models.meta import register_model_class
 from ..models.model import Model, Structure
-from ..models.numbers import check_device, dtype_of, widened
+from ..models.numbers import dtype_of, widened
 from ..models.opening import load_model, open_streamed, pruned_class
 from ..models.record import read_any_record, read_record, sampled_sha256
 from ..models.reference import Reference, resolve
@@ -56,6 +58,11 @@ class Opener:
     catalog: Catalog
     load: LoadSettings = field(default_factory=LoadSettings)
     progress: Progress = QUIET
+
+    @property
+    def device(self) -> torch.device:
+        """Where models compute. Raises `LlmprunerError` for a device that is not there."""
+        return device_of(self.load.device)
 
     def structure(self, source: Source | Reference) -> Structure:
         """The structure of ``source``. Raises `ModelError` for a half-changed model, `SettingsError` for no source."""
@@ -108,11 +115,11 @@ class Opener:
             if opened.streamed is not None and not streamed:
                 raise ModelError(f"'{opened.ref}' is read layer by layer; pass its folder")
             return opened
-        check_device(self.load.device)
+        device = self.device
         if streamed:
             self.progress.status(f"{opened.ref} is read layer by layer")
             return open_streamed(opened, self.load, scratch)
-        self.progress.status(f"loading {opened.ref}")
+        self.progress.status(f"loading {opened.ref} to {described(device)}")
         return load_model(opened, self.load)
 
     def say_widened(self, opened: Structure) -> None:

@@ -19,8 +19,7 @@ from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 
 from ..errors import PluginError
-from ..models.devices import of_sums
-from ..models.numbers import multiplies_bfloat16_fast
+from ..models.devices import multiplies_bfloat16_fast, of_sums
 from .ranks import Ranks
 from .signals import Product, ProductStats
 

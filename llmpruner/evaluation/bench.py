@@ -42,7 +42,7 @@ class BenchSubject:
 
     @property
     def device(self) -> str:
-        return self.opener.load.device
+        return str(self.opener.device)
 
     @cached_property
     def structure(self) -> Structure:
@@ -173,10 +173,9 @@ class TorchSession(Session):
         self._wait()
 
     def _wait(self) -> None:
-        import torch
+        from ..models.devices import synchronize
 
-        if self.model.device.type == "cuda":
-            torch.cuda.synchronize(self.model.device)
+        synchronize(self.model.device)
 
     def close(self) -> None:
         vars(self).clear()

@@ -13,8 +13,8 @@ from torch.nn import functional
 from ..calibration.windows import opening_tokens
 from ..engine.statistics import divergences
 from ..errors import DataError, ModelError
-from ..models.devices import doubled
-from ..models.numbers import autocast_to, multiplies_bfloat16_fast
+from ..models.devices import doubled, multiplies_bfloat16_fast
+from ..models.numbers import autocast_to
 from ..models.tokenizer import check_ids, check_one_head, tokens_of
 from ..models.vocabulary import InTokens
 from ..progress import QUIET, Progress

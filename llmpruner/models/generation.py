@@ -13,6 +13,7 @@ from transformers import DynamicCache, GenerationConfig, PreTrainedConfig, PreTr
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..errors import DataError, LlmprunerError, ModelError, UnsupportedModelError, first_line, is_out_of_memory
+from .devices import CPU
 from .messages import quiet_transformers
 from .tokenizer import check_ids, ids_to_continue, padding_id
 
@@ -105,8 +106,8 @@ def generate(
         **({"temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature > 0 else {}),
     )
     streamer = None if on_text is None else _Pieces(tokenizer, on_text, stop_text)
-    devices = [model.device] if model.device.type == "cuda" else []
-    with quiet_transformers(), torch.random.fork_rng(devices), torch.inference_mode(), generating_as(model, config):
+    kept = torch.random.fork_rng([] if model.device == CPU else [model.device], device_type=model.device.type)
+    with quiet_transformers(), kept, torch.inference_mode(), generating_as(model, config):
         torch.manual_seed(seed)
         mask = torch.ones_like(ids_1T)
         output = model.generate(input_ids=ids_1T, attention_mask=mask, streamer=streamer, tokenizer=tokenizer)

@@ -11,9 +11,9 @@ from torch import nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-from ..errors import LlmprunerError, first_line
 from ..files import read_json
 from ..settings import LoadSettings
+from .devices import CPU, device_of, multiplies_bfloat16_fast
 
 if TYPE_CHECKING:
     from .model import Structure
@@ -30,7 +30,7 @@ def dtype_of(structure: Structure, options: LoadSettings) -> torch.dtype:
     if options.dtype != "auto":
         return cast("torch.dtype", getattr(torch, options.dtype))
     stored = stored_dtype(structure) or torch.float32
-    return torch.float32 if stored == torch.float16 and options.device == "cpu" else stored
+    return torch.float32 if stored == torch.float16 and device_of(options.device) == CPU else stored
 
 
 def loaded_bytes(structure: Structure, options: LoadSettings) -> int:
@@ -102,16 +102,6 @@ def with_fast_products(model: nn.Module, run: Callable[[], T]) -> T:
     return run()
 
 
-def multiplies_bfloat16_fast(device: str) -> bool:
-    """Whether a type of device multiplies faster in bfloat16 than in float32."""
-    if device == "cpu":
-        # Versions of torch before 2.11 do not tell. AVX-512 BF16 of Intel is slower than float32.
-        cpu: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
-        vectors = bool(cpu.get("avx512_bf16")) and not str(cpu.get("cpu_name", "")).startswith("Intel")
-        return bool(cpu.get("amx_bf16")) or vectors
-    return device == "cuda" and torch.cuda.is_bf16_supported()
-
-
 def stored_parts(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
     """The tensor itself; of a quantised one, its integers, scales and zero points."""
     if hasattr(tensor, "__tensor_flatten__"):
@@ -134,11 +124,3 @@ def first_not_finite(tensors: Iterable[tuple[str, torch.Tensor]]) -> str | None:
             if part.is_floating_point() and part.numel() and not torch.stack(part.detach().aminmax()).isfinite().all():
                 return name
     return None
-
-
-def check_device(device: str) -> None:
-    """Raise `LlmprunerError` unless torch can compute on ``device``."""
-    try:
-        torch.zeros(1, device=device).item()
-    except (RuntimeError, AssertionError) as error:
-        raise LlmprunerError(f"device '{device}' cannot be used: {first_line(error)}; try --device cpu") from error

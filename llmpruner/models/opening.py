@@ -20,6 +20,7 @@ from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from ..errors import CheckpointError, MissingExtraError, ModelError, first_line
 from ..settings import LoadSettings
+from .devices import device_of
 from .gguf import forget_gguf, stored_twice
 from .messages import ALLOW, from_pretrained, in_one_line, quiet_transformers
 from .model import Model, Structure
@@ -47,7 +48,7 @@ def load_model(structure: Structure, options: LoadSettings | None = None) -> Mod
     if reference.adapter is not None:
         check_weights(reference.adapter)  # before the base is read
     tokenizer = load_tokenizer(structure, options)
-    model = _read_model(structure, options).to(options.device).eval()
+    model = _read_model(structure, options).to(device_of(options.device)).eval()
     check_shapes(model, structure.graph, reference.ref)
     parameters = dict(model.named_parameters(remove_duplicate=False))
     for name, other in structure.graph.ties.items():
@@ -62,7 +63,7 @@ def load_model(structure: Structure, options: LoadSettings | None = None) -> Mod
 def _read_model(structure: Structure, options: LoadSettings) -> PreTrainedModel:
     reference, dtype, trusted = structure.reference, dtype_of(structure, options), options.trust_remote_code
     if structure.record is not None:
-        return load_pruned(reference.directory, dtype=dtype, device=options.device, trust_remote_code=trusted)
+        return load_pruned(reference.directory, dtype=dtype, trust_remote_code=trusted)
     if reference.reader is not None:
         with in_one_line(reference):
             return reference.reader.read_model(reference.directory, dtype)
@@ -180,7 +181,7 @@ def open_weights(structure: Structure, options: LoadSettings, scratch: Path | No
     reference, graph = structure.reference, structure.graph
     with in_one_line(reference):
         weights = CheckpointWeights(
-            reference.directory, dtype_of(structure, options), graph.layers, torch.device(options.device), scratch,
+            reference.directory, dtype_of(structure, options), graph.layers, device_of(options.device), scratch,
             trust_remote_code=options.trust_remote_code,
         )  # fmt: skip
     check_loaded(reference.ref, weights.model, weights.info)

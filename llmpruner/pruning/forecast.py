@@ -20,9 +20,10 @@ from ..engine.boundaries import DEFAULT_LIMIT
 from ..engine.execution import TOKENS_AT_ONCE, TOKENS_WITH_GRADIENTS
 from ..engine.signals import GRADIENTS, Signal
 from ..errors import ModelError, SettingsError
+from ..models.devices import multiplies_bfloat16_fast
 from ..models.generation import LOGIT_ELEMENTS, cached_bytes
 from ..models.model import Model, Structure
-from ..models.numbers import check_device, dtype_of, multiplies_bfloat16_fast
+from ..models.numbers import dtype_of
 from ..models.opening import why_not_streamed
 from ..structure.coupling import CoupledGroup, CouplingGraph, Role
 from ..values import bytes_text
@@ -56,10 +57,8 @@ def forecast(
     graph, item = structure.graph, dtype_of(structure, opener.load).itemsize
     weights, decoder = item * graph.total_parameters, item * graph.decoder_parameters
     possible, why = _possible(job, structure, saves, in_memory)
-    process, device = psutil.Process().memory_info().rss + MODULES, opener.load.device
-    if not isinstance(structure, Model):
-        check_device(device)
-    elif structure.streamed is None:
+    process, device = psutil.Process().memory_info().rss + MODULES, opener.device.type
+    if isinstance(structure, Model) and structure.streamed is None:
         device = structure.network.device.type
         process -= sum(parameter.nbytes for parameter in structure.network.parameters())
     autocast = item == F32 and job.calibration is not None and multiplies_bfloat16_fast(device)

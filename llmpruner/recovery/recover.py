@@ -12,7 +12,6 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from transformers import PreTrainedModel
 
@@ -23,9 +22,10 @@ from ..engine.ranks import Ranks
 from ..engine.stages import Stages
 from ..errors import LlmprunerError, ModelError, OutputError, PluginError, SettingsError, no_tokenizer
 from ..files import alone_in, write_text, writing
+from ..models.devices import described, total_memory
 from ..models.generation import table_of
 from ..models.model import Model, Structure
-from ..models.numbers import check_device, dtype_of, loaded_bytes
+from ..models.numbers import dtype_of, loaded_bytes
 from ..models.opening import load_model
 from ..models.reference import Reference
 from ..models.tokenizer import check_ids
@@ -49,7 +49,6 @@ def recover(
 ) -> Model:
     """The trained model, saved to ``output`` unless that is None. The others are those of `llmpruner.recover`."""
     settings, strategy, dense_text = setup.settings, setup.strategy, setup.dense_text
-    check_device(opener.load.device)
     ranks = Ranks.current()
     folder = work_dir or Path(f"{output}.recovery")
     opened = opener.structure(source)
@@ -110,15 +109,13 @@ def _check_memory(setup: RecoverySetup, opened: Structure, dense: Structure | No
     needed += strategy.trained_parameters(opened.graph) * (16 - dtype_of(opened, load).itemsize)
     if dense is not None and strategy.needs_dense:
         needed += loaded_bytes(dense, load)
-    device = opened.network.device if isinstance(opened, Model) else torch.device(load.device)
-    if device.type == "cuda":
-        memory = torch.cuda.get_device_properties(device).total_memory
-    else:
-        memory = psutil.virtual_memory().total
+    device = opened.network.device if isinstance(opened, Model) else opener.device
+    memory = total_memory(device)
     if needed > memory:
         room = f"{needed / 2**30:.1f} GiB of memory for '{opened.ref}', of {memory / 2**30:.1f}"
         raise SettingsError(f"{strategy.name} needs {room}; --strategy lora and --dtype bfloat16 take less")
-    opener.progress.status(f"strategy {strategy.name}: at least {needed / 2**30:.1f} GiB of memory")
+    room = f"at least {needed / 2**30:.1f} GiB of memory"
+    opener.progress.status(f"on {described(device)}; strategy {strategy.name}: {room}")
 
 
 def _written(

@@ -58,7 +58,7 @@ def chat(
     temperature: Annotated[float, typer.Option(min=0, help="0 takes the likeliest token; above, it samples.")] = 0.0,
     seed: Annotated[int, typer.Option(min=0, help="Same seed, same questions: same answers.")] = 0,
     dtype: Annotated[str, typer.Option(help="Weights in memory: auto, float32, bfloat16, float16.")] = "auto",
-    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps …")] = "cpu",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps, xpu …")] = "auto",
     trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="Run a checkpoint's code.")] = False,
     web: Annotated[bool, typer.Option("--web", help="Chat on a page in the browser of this machine.")] = False,
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port of --web; 0 takes a free one.")] = 0,
