@@ -16,6 +16,7 @@ from ..engine.journal import Journal, recalled
 from ..engine.ranks import Ranks
 from ..engine.stages import write_run
 from ..files import check_new_directory, check_space
+from ..models.devices import described
 from ..models.model import Model, Structure
 from ..progress import QUIET
 from ..settings import RunSettings
@@ -73,7 +74,7 @@ def _expected(
     expected = ranks.from_first(
         lambda: forecast(job, structure, opener, run.max_memory, saves=cuts, in_memory=in_memory)
     )
-    opener.progress.status(str(expected))
+    opener.progress.status(f"on {described(opener.device_for(structure))}: {expected}")
     return expected
 
 
