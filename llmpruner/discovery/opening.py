@@ -66,9 +66,7 @@ class Opener:
 
     def device_for(self, structure: Structure) -> torch.device:
         """Where a model computes, or will."""
-        if not isinstance(structure, Model):
-            return self.device
-        return structure.streamed.device if structure.streamed else structure.network.device
+        return structure.weights.device if isinstance(structure, Model) else self.device
 
     def structure(self, source: Source | Reference) -> Structure:
         """The structure of ``source``. Raises `ModelError` for a half-changed model, `SettingsError` for no source."""

@@ -23,7 +23,7 @@ from ..engine.boundaries import DEFAULT_LIMIT
 from ..engine.execution import TOKENS_AT_ONCE, TOKENS_WITH_GRADIENTS
 from ..engine.signals import GRADIENTS, Signal
 from ..errors import ModelError, SettingsError
-from ..models.devices import CPU, free_memory, multiplies_bfloat16_fast, of_sums, total_memory
+from ..models.devices import CPU, described, free_memory, multiplies_bfloat16_fast, of_sums, total_memory
 from ..models.generation import LOGIT_ELEMENTS, cached_bytes
 from ..models.model import Model, Structure
 from ..models.numbers import dtype_of
@@ -40,18 +40,19 @@ MODULES = 96 << 20  # imported during the work, the tokenizer, and free lists of
 @dataclass(frozen=True)
 class Forecast:
     """``streamed``: weights are read layer by layer. ``memory``: largest resident bytes of the process; ``disk``: bytes
-    written; ``device_memory``: bytes of an accelerator, None without one."""
+    written; ``device``: that computes, with its free memory; ``device_memory``: bytes of an accelerator, or None."""
 
     streamed: bool
     memory: int
     disk: int
+    device: str
     device_memory: int | None = None
 
     def __str__(self) -> str:
         disk = f" and {bytes_text(self.disk)} of disk" if self.disk else ""
         device = "" if self.device_memory is None else f", {bytes_text(self.device_memory)} of the device's"
         weights = "read layer by layer" if self.streamed else "in memory"
-        return f"needs about {bytes_text(self.memory)} of memory{device}{disk} (weights: {weights})"
+        return f"on {self.device}: needs about {bytes_text(self.memory)} of memory{device}{disk} (weights: {weights})"
 
     @property
     def computing(self) -> int:
@@ -77,12 +78,13 @@ def forecast(
     two_layers = weights - decoder + 2 * decoder // graph.num_layers
     others, disk = _besides_weights(job, structure, item, saves)
     in_use = {False: whole, True: two_layers}
+    here = described(device)
     if device == CPU:
-        choices = [Forecast(streamed, process - held + others + in_use[streamed], disk) for streamed in possible]
+        choices = [Forecast(s, process - held + others + in_use[s], disk, here) for s in possible]
         limit, place, share = total_memory(CPU), "this machine", 2
     else:
         process += others if of_sums(device) == CPU else 0
-        choices = [Forecast(s, process + min(weights, in_use[s]), disk, others + in_use[s]) for s in possible]
+        choices = [Forecast(s, process + min(weights, in_use[s]), disk, here, others + in_use[s]) for s in possible]
         limit, place, share = free_memory(device) + held, f"{device}", 1
     name, advice = f"{place} has {bytes_text(limit)} of memory", "give --max-memory, or "
     if max_memory is not None:
