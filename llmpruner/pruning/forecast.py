@@ -4,8 +4,8 @@ loaded in memory or read layer by layer.
     memory = process + weights, all or those of two layers + hidden states up to their limit + the largest stage
     disk   = result + hidden states beyond their limit + what is kept for a run that is continued
 
-An accelerator has all of the memory but the process; weights come through the host's, and what is in float64 is there
-where the accelerator has none.
+An accelerator has all of the memory but the process. Weights come to it one by one, or layer by layer; what is in
+float64 stays on the host where the accelerator has none.
 """
 
 from __future__ import annotations
@@ -81,16 +81,16 @@ def forecast(
     here = described(device)
     if device == CPU:
         choices = [Forecast(s, process - held + others + in_use[s], disk, here) for s in possible]
-        limit, place, share = total_memory(CPU), "this machine", 2
+        limit, place = total_memory(CPU), "this machine"
+        if max_memory is None and weights * int(os.environ.get("LOCAL_WORLD_SIZE", "1")) > free_memory(CPU) // 2:
+            choices = choices[-1:]
     else:
-        process += others if of_sums(device) == CPU else 0
-        choices = [Forecast(s, process + min(weights, in_use[s]), disk, here, others + in_use[s]) for s in possible]
-        limit, place, share = free_memory(device) + held, f"{device}", 1
+        process += two_layers + (others if of_sums(device) == CPU else 0)
+        choices = [Forecast(s, process, disk, here, others + in_use[s]) for s in possible]
+        limit, place = free_memory(device) + held, str(device)
     name, advice = f"{place} has {bytes_text(limit)} of memory", "give --max-memory, or "
     if max_memory is not None:
         limit, name, advice = max_memory, f"--max-memory {bytes_text(max_memory)}", "raise it, or "
-    elif weights * int(os.environ.get("LOCAL_WORLD_SIZE", "1")) > free_memory(CPU) // share:
-        choices = choices[-1:]
     fitting = next((choice for choice in choices if choice.computing <= limit), None)
     if fitting is None:
         raise SettingsError(
@@ -132,9 +132,12 @@ def _besides_weights(job: Job, structure: Structure, item: int, saves: bool) -> 
     if isinstance(job, PruneJob):
         groups = scope_of(job, structure).groups(graph)
         read = min(tokens, GRADIENT_TOKENS) if job.compensation.reads_text else tokens
-        stages.append(batch + _scores(job, graph, groups, item, read))
+        running = batch
         if job.criterion.needs & GRADIENTS:
             states = max(states, read * hidden * item * (graph.num_layers + 2))
+            differentiated = max(length, min(tokens, TOKENS_WITH_GRADIENTS))
+            running = max(batch, differentiated * 8 * F32 * (hidden + widest))  # what autograd keeps is twice as much
+        stages.append(running + _scores(job, graph, groups, item, read))
         copies = weights if job.steps > 1 else 0
         if job.allocation.measures:  # a trial copies what stays of a kind, or of a group
             copies += (weights // 2 if job.shape == "uniform" else layer) + TRIED * vocabulary * F32
