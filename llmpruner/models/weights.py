@@ -127,8 +127,8 @@ class StreamedWeights(Weights):
         for name, tensor in self.read(part).items():
             path, _, leaf = name.rpartition(".")
             module = self.model.get_submodule(path)
-            tensor, is_buffer = tensor.to(self.device), leaf in module._buffers
-            setattr(module, leaf, tensor if is_buffer else nn.Parameter(tensor, requires_grad=False))
+            value, is_buffer = tensor.to(self.device), leaf in module._buffers
+            setattr(module, leaf, value if is_buffer else nn.Parameter(value, requires_grad=False))
         if part is None:
             self.model.tie_weights()
         if part in self._kept:
