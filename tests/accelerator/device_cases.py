@@ -17,10 +17,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import MixtralConfig, MixtralForCausalLM
 
 from llmpruner import Structure, api
+from llmpruner.discovery import groups
 from llmpruner.models import devices
 from llmpruner.settings import LoadSettings
 
 DEVICES = {"float64": {"float64": True}, "no float64": {"float64": False}}
+
+groups.discover_graph = tiny_models.remembered(groups.discover_graph)
 
 
 @cache
@@ -37,7 +40,10 @@ def dense(name: str, layers: int = 4) -> Structure:
     else:
         model = {"llama": lambda: tiny_models.llama(layers=layers), "gpt2": lambda: tiny_models.gpt2(64)}[name]()
     folder = Path.cwd() / f"{name}-{layers}"
-    correlated(model).save_pretrained(folder)
+    with torch.no_grad():
+        for parameter in correlated(model).parameters():
+            parameter.mul_(4 if parameter.dim() > 1 else 1)  # for predictions that differ from token to token
+    model.save_pretrained(folder)
     tiny_models.tokenizer().save_pretrained(folder)
     return api.discover(folder)
 
@@ -73,7 +79,9 @@ def prune(model: Structure, output: str, device: str, *, streamed: bool = False,
 
 
 def tensors(folder: str | Path) -> dict[str, torch.Tensor]:
-    return {name: value for file in sorted(Path(folder).glob("*.safetensors")) for name, value in load_file(file).items()}
+    return {
+        name: value for file in sorted(Path(folder).glob("*.safetensors")) for name, value in load_file(file).items()
+    }
 
 
 def differences(folder: str | Path, expected: str | Path) -> str:

@@ -413,7 +413,8 @@ TORCH_LIBRARY_IMPL(aten, PrivateUse1, library) {
   library.impl("_has_compatible_shallow_copy_type", has_compatible_type);
   library.impl("histc", histc);
   // A device without a kernel of its own gets a formula, which rounds otherwise.
-  library.impl("native_layer_norm", torch::CppFunction::makeFromBoxedFunction<&run_on_cpu>());
+  for (const char* name : {"native_layer_norm", "native_group_norm", "silu_backward", "mish_backward"})
+    library.impl(name, torch::CppFunction::makeFromBoxedFunction<&run_on_cpu>());
 }
 
 TORCH_LIBRARY_IMPL(_, AutocastPrivateUse1, library) { library.fallback(torch::CppFunction::makeFallthrough()); }

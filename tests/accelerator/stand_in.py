@@ -18,7 +18,10 @@ COUNT = 2
 def compiled() -> Path:
     """The library, compiled by the first process that asks for it, in ten seconds; the others wait. Raises `OSError`
     where there is no compiler, and `CalledProcessError` where it fails."""
-    key = hashlib.sha256(f"{torch.__version__} {torch.__file__}".encode() + b"".join(file.read_bytes() for file in (SOURCE, Path(__file__)))).hexdigest()[:12]
+    key = hashlib.sha256(
+        f"{torch.__version__} {torch.__file__}".encode()
+        + b"".join(file.read_bytes() for file in (SOURCE, Path(__file__)))
+    ).hexdigest()[:12]
     library = SOURCE.parent / "__pycache__" / f"stand_in-{key}.so"
     library.parent.mkdir(exist_ok=True)
     with FileLock(library.with_suffix(".lock")):

@@ -1,5 +1,6 @@
 """On a device, every method and criterion makes the CPU's plan and the CPU's weights, bit for bit."""
 
+import itertools
 import traceback
 
 import pytest
@@ -21,17 +22,17 @@ def different(cases, *, on=tuple(DEVICES), streamed=(False, True), device="stand
     """Where the result on a device is not that of the CPU, and why. ``cases``: by name, a model and settings."""
     found = {}
     for number, (name, (model, settings)) in enumerate(cases.items()):
-        settings = {"calibration": text(), **settings}
-        prune(dense(model), f"cpu-{number}", "cpu", **settings)
-        for kind in on:
+        options = {"calibration": text(), **settings}
+        prune(dense(model), f"cpu-{number}", "cpu", **options)
+        for kind, reads in itertools.product(on, streamed):
             begin(**DEVICES[kind])
-            for reads in streamed:
-                output = f"{kind}-{reads}-{number}"
-                try:
-                    prune(dense(model), output, device, streamed=reads, **settings)
-                    found[f"{name}, {kind}, {'streamed' if reads else 'resident'}"] = differences(output, f"cpu-{number}")
-                except Exception:
-                    found[f"{name}, {kind}, {'streamed' if reads else 'resident'}"] = traceback.format_exc()[-1500:]
+            output = f"{kind}-{'streamed' if reads else 'resident'}-{number}"
+            try:
+                prune(dense(model), output, device, streamed=reads, **options)
+                why = differences(output, f"cpu-{number}")
+            except Exception:
+                why = traceback.format_exc()[-1500:]
+            found[f"{name}, {output}"] = why
     return {name: why for name, why in found.items() if why}
 
 

@@ -3,7 +3,6 @@
 import stand_in
 import torch
 
-
 MIXED = "RuntimeError: Expected all tensors to be on the same device"
 REFUSED = {
     "add, a tensor on the CPU": MIXED,
@@ -46,12 +45,12 @@ def refusals():
         "a number": said(lambda: here + torch.tensor(1.0)),
         "an index on the CPU": said(lambda: here[torch.tensor([1])]),
     }
-    del here, there
+    here = there = None
     stand_in.start(total=3000)
     found["too many bytes"] = said(lambda: torch.empty(1000, device="standin"))
     stand_in.start(float64=False)
     here = torch.ones(9, device="standin")
-    found["float64"] = said(lambda: here.double())
+    found["float64"] = said(here.double)
     found["a sum in float64"] = said(lambda: here.sum(dtype=torch.float64))
     return found
 
