@@ -46,7 +46,7 @@ RUN = {
     "settings": "The settings that the user gave.",
     "stages": "The stages in their order: `name`, `seconds`, and `peak_bytes`, the most memory that the process had "
     "taken by the end of the stage. What an interrupted run had done before is not among them.",
-    "machine": "System, processor, cores, and bytes of memory.",
+    "machine": "System, processor, cores, bytes of memory, and the device that computed.",
     "versions": "Versions of Python and of the libraries that results depend on most.",
     "step": "The step of a [recipe](recipes.md#the-output) that made the folder: its `number`, `name`, `inputs`, "
     "`seconds` and `result`; absent in others. Folders of other steps have it with `command` and `settings`.",

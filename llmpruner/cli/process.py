@@ -95,8 +95,8 @@ def _message_of(error: Exception) -> str | None:
     if (reason := write_failure(error)) is not None:
         return f"an output cannot be written: {reason}"
     if is_out_of_memory(error):
-        hint = "take fewer or shorter samples, a smaller batch, a smaller --dtype, or a machine with more memory"
-        return f"out of memory ({first_line(error)}); {hint}"
+        hint = "--max-memory of plan and prune, fewer or shorter samples, a smaller batch or --dtype, or --device cpu"
+        return f"out of memory ({first_line(error)}); what helps: {hint}"
     return None
 
 

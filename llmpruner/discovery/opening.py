@@ -64,6 +64,10 @@ class Opener:
         """Where models compute. Raises `LlmprunerError` for a device that is not there."""
         return device_of(self.load.device)
 
+    def device_for(self, structure: Structure) -> torch.device:
+        """Where a model computes, or will."""
+        return structure.weights.device if isinstance(structure, Model) else self.device
+
     def structure(self, source: Source | Reference) -> Structure:
         """The structure of ``source``. Raises `ModelError` for a half-changed model, `SettingsError` for no source."""
         if isinstance(source, Structure):
@@ -119,7 +123,7 @@ class Opener:
         if streamed:
             self.progress.status(f"{opened.ref} is read layer by layer")
             return open_streamed(opened, self.load, scratch)
-        self.progress.status(f"loading {opened.ref} to {described(device)}")
+        self.progress.status(f"loading {opened.ref} on {described(device)}")
         return load_model(opened, self.load)
 
     def say_widened(self, opened: Structure) -> None:

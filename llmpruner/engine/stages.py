@@ -35,8 +35,11 @@ class Stages:
         self.done[name] = {"name": name, "seconds": round(seconds, 2), "peak_bytes": peak_memory()}
 
 
-def write_run(directory: Path, stages: Stages, command: str, model: str, settings: Mapping[str, Any]) -> None:
-    """Write ``run.json``. ``model``: the reference to it; ``settings``: what the user set, as JSON values."""
+def write_run(
+    directory: Path, stages: Stages, command: str, model: str, settings: Mapping[str, Any], device: str
+) -> None:
+    """Write ``run.json``. ``model``: the reference to it; ``settings``: what the user set, as JSON values; ``device``:
+    that computed."""
     libraries = ("llmpruner", "torch", "transformers")
     value = {
         "command": command,
@@ -48,6 +51,7 @@ def write_run(directory: Path, stages: Stages, command: str, model: str, setting
             "processor": _processor(),
             "cores": os.cpu_count(),
             "memory": psutil.virtual_memory().total,
+            "device": device,
         },
         "versions": {"python": platform.python_version(), **{name: metadata.version(name) for name in libraries}},
     }

@@ -62,10 +62,14 @@ def _memory(device: torch.device) -> tuple[int, int]:
     return int(free), int(total)
 
 
+def named(device: torch.device) -> str:
+    name = getattr(torch.get_device_module(device), "get_device_name", lambda _: "")(device)
+    return f"{device} ({name})" if name else str(device)
+
+
 def described(device: torch.device) -> str:
     """The name of a device, with its free memory, for the first line of a command."""
-    name = getattr(torch.get_device_module(device), "get_device_name", lambda _: "")(device)
-    return f"{device}{f' ({name})' if name else ''}, {bytes_text(free_memory(device))} of memory free"
+    return f"{named(device)}, {bytes_text(free_memory(device))} of memory free"
 
 
 def synchronize(device: torch.device) -> None:

@@ -31,6 +31,7 @@ class Weights:
 
     def __init__(self, model: PreTrainedModel, path: str) -> None:
         self.model, self.path = model, path
+        self.device: torch.device = model.device
 
     def part(self, number: int | None) -> contextlib.AbstractContextManager[None]:
         """While active, the parameters of a part have their values. Changes in place last only if `keep` is called."""

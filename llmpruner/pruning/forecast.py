@@ -3,6 +3,9 @@ loaded in memory or read layer by layer.
 
     memory = process + weights, all or those of two layers + hidden states up to their limit + the largest stage
     disk   = result + hidden states beyond their limit + what is kept for a run that is continued
+
+An accelerator has all of the memory but the process; weights come through the host's, and what is in float64 is there
+where the accelerator has none.
 """
 
 from __future__ import annotations
@@ -10,7 +13,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
-from math import inf, prod
+from math import prod
 
 import psutil
 
@@ -20,7 +23,7 @@ from ..engine.boundaries import DEFAULT_LIMIT
 from ..engine.execution import TOKENS_AT_ONCE, TOKENS_WITH_GRADIENTS
 from ..engine.signals import GRADIENTS, Signal
 from ..errors import ModelError, SettingsError
-from ..models.devices import multiplies_bfloat16_fast
+from ..models.devices import CPU, described, free_memory, multiplies_bfloat16_fast, of_sums, total_memory
 from ..models.generation import LOGIT_ELEMENTS, cached_bytes
 from ..models.model import Model, Structure
 from ..models.numbers import dtype_of
@@ -36,49 +39,62 @@ MODULES = 96 << 20  # imported during the work, the tokenizer, and free lists of
 
 @dataclass(frozen=True)
 class Forecast:
-    """``streamed``: weights are read layer by layer. ``memory``: largest resident bytes; ``disk``: bytes written."""
+    """``streamed``: weights are read layer by layer. ``memory``: largest resident bytes of the process; ``disk``: bytes
+    written; ``device``: that computes, with its free memory; ``device_memory``: bytes of an accelerator, or None."""
 
     streamed: bool
     memory: int
     disk: int
+    device: str
+    device_memory: int | None = None
 
     def __str__(self) -> str:
         disk = f" and {bytes_text(self.disk)} of disk" if self.disk else ""
+        device = "" if self.device_memory is None else f", {bytes_text(self.device_memory)} of the device's"
         weights = "read layer by layer" if self.streamed else "in memory"
-        return f"needs about {bytes_text(self.memory)} of memory{disk} (weights: {weights})"
+        return f"on {self.device}: needs about {bytes_text(self.memory)} of memory{device}{disk} (weights: {weights})"
+
+    @property
+    def computing(self) -> int:
+        """Bytes of the device that computes."""
+        return self.memory if self.device_memory is None else self.device_memory
 
 
 def forecast(
     job: Job, structure: Structure, opener: Opener, max_memory: int | None, *, saves: bool, in_memory: bool
 ) -> Forecast:
-    """The forecast with all weights in memory, where they fit into half of the free memory, or the whole run into
-    ``max_memory``; else layer by layer. ``saves``: the model is cut. Raises `SettingsError` where neither fits, and
-    `ModelError` for a streamed model whose weights are needed in memory."""
+    """The forecast with all weights in memory, where they fit into half of the host's free memory, the whole run into
+    what an accelerator has free, or into ``max_memory`` of the device that computes; else layer by layer. ``saves``:
+    the model is cut. Raises `SettingsError` where neither fits, and `ModelError` for a streamed model whose weights are
+    needed in memory."""
     graph, item = structure.graph, dtype_of(structure, opener.load).itemsize
     weights, decoder = item * graph.total_parameters, item * graph.decoder_parameters
     possible, why = _possible(job, structure, saves, in_memory)
-    process, device = psutil.Process().memory_info().rss + MODULES, opener.device.type
+    process, device, held = psutil.Process().memory_info().rss + MODULES, opener.device_for(structure), 0
     if isinstance(structure, Model) and structure.streamed is None:
-        device = structure.network.device.type
-        process -= sum(parameter.nbytes for parameter in structure.network.parameters())
-    autocast = item == F32 and job.calibration is not None and multiplies_bfloat16_fast(device)
+        held = sum(parameter.nbytes for parameter in structure.network.parameters())
+    autocast = item == F32 and job.calibration is not None and multiplies_bfloat16_fast(device.type)
     whole = weights * 3 // 2 if autocast else weights  # it keeps a copy in bfloat16 while the model runs
     two_layers = weights - decoder + 2 * decoder // graph.num_layers
     others, disk = _besides_weights(job, structure, item, saves)
     in_use = {False: whole, True: two_layers}
-    choices = [Forecast(streamed, process + others + in_use[streamed], disk) for streamed in possible]
-    if max_memory is not None:
-        limit: float = max_memory
-        name, advice = f"--max-memory {bytes_text(max_memory)}", "raise it, or "
+    here = described(device)
+    if device == CPU:
+        choices = [Forecast(s, process - held + others + in_use[s], disk, here) for s in possible]
+        limit, place, share = total_memory(CPU), "this machine", 2
     else:
-        if weights * int(os.environ.get("LOCAL_WORLD_SIZE", "1")) > free_memory() // 2:
-            choices = choices[-1:]
-        limit = psutil.virtual_memory().total + psutil.swap_memory().total if device == "cpu" else inf
-        name, advice = f"this machine has {bytes_text(limit)} of memory", "give --max-memory, or "
-    fitting = next((choice for choice in choices if choice.memory <= limit), None)
+        process += others if of_sums(device) == CPU else 0
+        choices = [Forecast(s, process + min(weights, in_use[s]), disk, here, others + in_use[s]) for s in possible]
+        limit, place, share = free_memory(device) + held, f"{device}", 1
+    name, advice = f"{place} has {bytes_text(limit)} of memory", "give --max-memory, or "
+    if max_memory is not None:
+        limit, name, advice = max_memory, f"--max-memory {bytes_text(max_memory)}", "raise it, or "
+    elif weights * int(os.environ.get("LOCAL_WORLD_SIZE", "1")) > free_memory(CPU) // share:
+        choices = choices[-1:]
+    fitting = next((choice for choice in choices if choice.computing <= limit), None)
     if fitting is None:
         raise SettingsError(
-            f"{name}: '{structure.ref}' needs at least {bytes_text(choices[-1].memory)}"
+            f"{name}: '{structure.ref}' needs at least {bytes_text(choices[-1].computing)}"
             f"{f', as {why}' if why else ''}; {advice}take fewer or shorter samples"
         )
     return fitting
@@ -95,11 +111,6 @@ def _possible(job: Job, structure: Structure, saves: bool, in_memory: bool) -> t
     if why or (saves and job.compensation.name != "none"):
         raise ModelError(f"'{structure.ref}' is read layer by layer; pass its folder")
     return [True], None
-
-
-def free_memory() -> int:
-    """Bytes of memory that programs can still take."""
-    return int(psutil.virtual_memory().available)
 
 
 def _besides_weights(job: Job, structure: Structure, item: int, saves: bool) -> tuple[int, int]:

@@ -19,6 +19,7 @@ from ..discovery.opening import Opener
 from ..discovery.oracle import TOLERANCE, distance, kept_tokens, logits, silenced
 from ..errors import CheckpointError, LlmprunerError, MissingExtraError, ModelError, PluginError, UnsupportedModelError
 from ..files import read_json
+from ..models.devices import free_memory
 from ..models.messages import ALLOW
 from ..models.model import Model, Structure
 from ..models.numbers import loaded_bytes
@@ -33,7 +34,6 @@ from ..structure.kept import Kept, compose, layer_numbers, path_after, restrict
 from ..structure.plan import PruningPlan
 from ..values import counted
 from .compensation.base import Compensation
-from .forecast import free_memory
 from .saving import cut_model
 
 PASSED, DAMAGED, NOT_CHECKED = "passed", "damaged", "not checked"
@@ -185,7 +185,7 @@ def _dense(structure: Structure, named: str | None, opener: Opener) -> Model:
     """The dense model, in memory if it takes less than half of the free memory, else read layer by layer."""
     try:
         dense, load = opener.dense_structure(structure, named), opener.load
-        large = loaded_bytes(dense, load) > free_memory() // 2
+        large = loaded_bytes(dense, load) > free_memory(opener.device) // 2
         if large and why_not_streamed(dense, cuts=False) is None:
             return open_streamed(dense, load)
         return load_model(dense, load)

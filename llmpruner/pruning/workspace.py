@@ -16,6 +16,7 @@ from ..engine.journal import Journal, recalled
 from ..engine.ranks import Ranks
 from ..engine.stages import write_run
 from ..files import check_new_directory, check_space
+from ..models.devices import named
 from ..models.model import Model, Structure
 from ..progress import QUIET
 from ..settings import RunSettings
@@ -83,7 +84,7 @@ def saved(model: Model, output: Path, execution: Execution, command: str, settin
     with execution.stages.stage("saving"):
         form = execution.ranks.from_first(lambda: save(model, output))
     if execution.ranks.first:
-        write_run(output, execution.stages, command, model.ref, settings)
+        write_run(output, execution.stages, command, model.ref, settings, named(execution.weights.device))
     return replace(model, form=form)
 
 

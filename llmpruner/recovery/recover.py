@@ -109,7 +109,7 @@ def _check_memory(setup: RecoverySetup, opened: Structure, dense: Structure | No
     needed += strategy.trained_parameters(opened.graph) * (16 - dtype_of(opened, load).itemsize)
     if dense is not None and strategy.needs_dense:
         needed += loaded_bytes(dense, load)
-    device = opened.network.device if isinstance(opened, Model) else opener.device
+    device = opener.device_for(opened)
     memory = total_memory(device)
     if needed > memory:
         room = f"{needed / 2**30:.1f} GiB of memory for '{opened.ref}', of {memory / 2**30:.1f}"

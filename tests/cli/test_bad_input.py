@@ -236,7 +236,7 @@ def test_a_damaged_shard_of_a_dense_model_is_named(refused, dense, tmp_path):
 def test_a_head_that_would_be_left_out_is_refused(refused, dense, tmp_path, streamed, monkeypatch):
     """The checkpoint stores a head, and its configuration ties it to the embeddings."""
     if streamed:
-        monkeypatch.setattr("llmpruner.pruning.forecast.free_memory", lambda: 0)
+        monkeypatch.setattr("llmpruner.pruning.forecast.free_memory", lambda _: 0)
     model = shutil.copytree(dense, tmp_path / "model")
     config = json.loads((model / "config.json").read_text())
     (model / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))

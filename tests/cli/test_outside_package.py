@@ -76,7 +76,7 @@ def test_a_compensation_changes_the_weights(run, dense, tmp_path, monkeypatch):
         done = run("prune", dense, "--ratio", "0.2", "--importance", "l2", *options, "-o", tmp_path / name)
         assert done.code == 0, done.err
         # In memory, however little is free: it does not say that it works layer by layer.
-        monkeypatch.setattr("llmpruner.pruning.forecast.free_memory", lambda: 0)
+        monkeypatch.setattr("llmpruner.pruning.forecast.free_memory", lambda _: 0)
     name = "model.layers.1.mlp.down_proj.weight"
     before = load_file(dense / "model.safetensors")[name]
     plain, scaled = (load_file(tmp_path / n / "model.safetensors")[name] for n in ("plain", "scaled"))

@@ -52,7 +52,7 @@ def prune(model, output, *, streamed, max_memory=None, **settings):
     run = RunSettings(max_memory=max_memory)
     with pytest.MonkeyPatch.context() as patch:
         # Otherwise the size of the free memory decides.
-        patch.setattr("llmpruner.pruning.forecast.free_memory", lambda: 0 if streamed else 1 << 50)
+        patch.setattr("llmpruner.pruning.forecast.free_memory", lambda _: 0 if streamed else 1 << 50)
         return api.prune(str(model), output=output, run=run, **{"ratio": 0.2, **settings})
 
 

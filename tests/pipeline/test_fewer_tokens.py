@@ -185,7 +185,7 @@ def test_texts_and_scripts_to_keep_have_an_effect(folder):
 def test_a_streamed_model_gives_the_same_files(folder, tmp_path, monkeypatch):
     for way in ("resident", "streamed"):
         free = 0 if way == "streamed" else 1 << 50
-        monkeypatch.setattr("llmpruner.pruning.forecast.free_memory", lambda free=free: free)
+        monkeypatch.setattr("llmpruner.pruning.forecast.free_memory", lambda _, free=free: free)
         made = prune(folder, tmp_path / way, **tokens(448))
         assert (made.streamed is not None) == (way == "streamed")
     one, other = ({file.name: file for file in (tmp_path / way).iterdir()} for way in ("resident", "streamed"))

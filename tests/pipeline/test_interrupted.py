@@ -42,7 +42,7 @@ def checksums(folder: Path) -> dict[str, str]:
 @pytest.mark.parametrize("streamed", [False, True])
 def test_it_continues_from_the_last_layer_with_the_same_bytes(streamed, dense, tmp_path, monkeypatch):
     # By the size of the free memory.
-    monkeypatch.setattr("llmpruner.pruning.forecast.free_memory", lambda: 0 if streamed else 1 << 50)
+    monkeypatch.setattr("llmpruner.pruning.forecast.free_memory", lambda _: 0 if streamed else 1 << 50)
     api.prune(str(dense), output=tmp_path / "whole", **SETTINGS)
     out, state = tmp_path / "out", tmp_path / "out.pruning"
     for number in (1, 2):
@@ -62,7 +62,7 @@ def test_it_continues_from_the_last_layer_with_the_same_bytes(streamed, dense, t
 
     counted = Counted()
     # More or less memory is free by then, and the shards of the result depend on it.
-    monkeypatch.setattr("llmpruner.pruning.forecast.free_memory", lambda: 1 << 50 if streamed else 0)
+    monkeypatch.setattr("llmpruner.pruning.forecast.free_memory", lambda _: 1 << 50 if streamed else 0)
     pruned = api.prune(str(dense), output=out, progress=counted, **SETTINGS)
     assert (pruned.streamed is not None) == streamed
     assert counted.texts == 0 and counted.continued == 1, "the text of the interrupted run is used"

@@ -66,7 +66,7 @@ def by_hand(before, after, calibrated, read):
     ("llama", True, {"importance": "block-influence", "kinds": "layer"}, True),
 ])  # fmt: skip
 def test_it_is_the_divergence_of_the_saved_models(name, streamed, options, rounds, folder, tmp_path, monkeypatch):
-    monkeypatch.setattr("llmpruner.pruning.forecast.free_memory", lambda: 0 if streamed else 1 << 50)
+    monkeypatch.setattr("llmpruner.pruning.forecast.free_memory", lambda _: 0 if streamed else 1 << 50)
     monkeypatch.setattr("llmpruner.models.numbers.multiplies_bfloat16_fast", lambda device: rounds)
     # Several parts of the positions, and one that is smaller.
     monkeypatch.setattr("llmpruner.pruning.quality.LOGIT_ELEMENTS", 2 * 300 * 100)
@@ -110,7 +110,7 @@ from llmpruner import api
 from llmpruner.progress import Progress
 from llmpruner.pruning import forecast
 
-forecast.free_memory = lambda: int(sys.argv[3])
+forecast.free_memory = lambda _: int(sys.argv[3])
 # Linux counts what a parent holds into the peak of its child.
 Path("/proc/self/clear_refs").write_text("5")
 before = psutil.Process().memory_info().rss
