@@ -14,43 +14,36 @@ import torch
 from criteria_cases import correlated
 from safetensors.torch import load_file
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from transformers import MixtralConfig, MixtralForCausalLM
+from transformers import CONFIG_MAPPING
 
 from llmpruner import Structure, api
 from llmpruner.discovery import groups
+from llmpruner.discovery.tiny import random_instance
 from llmpruner.models import devices
 from llmpruner.settings import LoadSettings
 
-DEVICES = {"float64": {"float64": True}, "no float64": {"float64": False}}
+SIZES = {
+    "vocab_size": 300, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 128, "bos_token_id": 0, "eos_token_id": 1,
+}  # fmt: skip
+EXPERTS = {"intermediate_size": 24, "num_local_experts": 4, "num_experts_per_tok": 2}
 
 groups.discover_graph = tiny_models.remembered(groups.discover_graph)
 
 
 @cache
-def dense(name: str, layers: int = 4) -> Structure:
+def dense(name: str = "llama", **sizes: int) -> Structure:
     """A model in a folder, with its tokenizer."""
-    torch.manual_seed(0)
-    if name == "mixtral":
-        sizes = {**tiny_models.llama(layers=layers).config.to_dict(), "intermediate_size": 24}
-        experts = {"num_local_experts": 4, "num_experts_per_tok": 2}
-        names = MixtralConfig().to_dict().keys() - {"model_type", "architectures", "rope_parameters"}
-        model: Any = MixtralForCausalLM(
-            MixtralConfig(**{key: value for key, value in sizes.items() if key in names}, **experts)
-        )
-    else:
-        model = {"llama": lambda: tiny_models.llama(layers=layers), "gpt2": lambda: tiny_models.gpt2(64)}[name]()
-    folder = Path.cwd() / f"{name}-{layers}"
-    with torch.no_grad():
-        for parameter in correlated(model).parameters():
-            parameter.mul_(4 if parameter.dim() > 1 else 1)  # for predictions that differ from token to token
-    model.save_pretrained(folder)
+    sizes = {**SIZES, **(EXPERTS if name == "mixtral" else {}), **sizes}
+    folder = Path.cwd() / f"{name}-{sizes['num_hidden_layers']}"
+    correlated(random_instance(CONFIG_MAPPING[name](**sizes))).save_pretrained(folder)
     tiny_models.tokenizer().save_pretrained(folder)
     return api.discover(folder)
 
 
 @cache
 def text() -> str:
-    (file := Path.cwd() / "text.txt").write_text(tiny_models.TEXT * 6)
+    (file := Path.cwd() / "text.txt").write_text(tiny_models.TEXT * 20)
     return str(file)
 
 
@@ -62,14 +55,14 @@ def like_the_cpu() -> Iterator[None]:
         yield
 
 
-def begin(*, bfloat16: bool = False, float64: bool = True, total: int = 1 << 40) -> Any:
+def begin(*, float64: bool = True, bfloat16: bool = False, total: int = 1 << 40) -> Any:
     """`stand_in.start`, with what the program remembers of devices forgotten."""
     devices._has_float64.cache_clear()
     return stand_in.start(float64=float64, bfloat16=bfloat16, total=total)
 
 
 def prune(model: Structure, output: str, device: str, *, streamed: bool = False, **settings: Any) -> Any:
-    def free_memory(of: Any = devices.CPU) -> int:  # it decides whether weights are read layer by layer
+    def free_memory(of: torch.device) -> int:  # it decides whether weights are read layer by layer
         return 0 if streamed and of == devices.CPU else 1 << 50
 
     with like_the_cpu(), mock.patch("llmpruner.pruning.forecast.free_memory", free_memory):
@@ -79,15 +72,13 @@ def prune(model: Structure, output: str, device: str, *, streamed: bool = False,
 
 
 def tensors(folder: str | Path) -> dict[str, torch.Tensor]:
-    return {
-        name: value for file in sorted(Path(folder).glob("*.safetensors")) for name, value in load_file(file).items()
-    }
+    return {name: value for file in Path(folder).glob("*.safetensors") for name, value in load_file(file).items()}
 
 
 def differences(folder: str | Path, expected: str | Path) -> str:
     """Of the plans and the bytes of the weights of two results; empty where there are none."""
     ours, theirs = (json.loads(Path(each, "llmpruner.json").read_text()) for each in (folder, expected))
-    if ours.get("plans") != theirs.get("plans"):
+    if ours["plans"] != theirs["plans"]:
         return "another plan"
     weights, others = tensors(folder), tensors(expected)
     if weights.keys() != others.keys():
