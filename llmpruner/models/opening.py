@@ -20,7 +20,7 @@ from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from ..errors import CheckpointError, MissingExtraError, ModelError, first_line
 from ..settings import LoadSettings
-from .devices import device_of
+from .devices import CPU, device_of
 from .gguf import forget_gguf, stored_twice
 from .messages import ALLOW, from_pretrained, in_one_line, quiet_transformers
 from .model import Model, Structure
@@ -62,13 +62,17 @@ def load_model(structure: Structure, options: LoadSettings | None = None) -> Mod
 
 def _read_model(structure: Structure, options: LoadSettings) -> PreTrainedModel:
     reference, dtype, trusted = structure.reference, dtype_of(structure, options), options.trust_remote_code
+    device = device_of(options.device)
     if structure.record is not None:
-        return load_pruned(reference.directory, dtype=dtype, trust_remote_code=trusted)
+        return load_pruned(reference.directory, dtype=dtype, device=device, trust_remote_code=trusted)
     if reference.reader is not None:
         with in_one_line(reference):
             return reference.reader.read_model(reference.directory, dtype)
     check_weights(reference.directory)
-    model, info = from_pretrained(AutoModelForCausalLM, reference, dtype=dtype, trust_remote_code=trusted, **_WITH_INFO)
+    placed = {} if reference.gguf_file else _placed(device)
+    model, info = from_pretrained(
+        AutoModelForCausalLM, reference, dtype=dtype, trust_remote_code=trusted, **_WITH_INFO, **placed
+    )
     check_loaded(reference.ref, model, info)
     if reference.gguf_file:
         forget_gguf()
@@ -109,7 +113,8 @@ def load_pruned(
         model = load_pruned(base, dtype=dtype, device=device, trust_remote_code=trust_remote_code, **attention)
         return with_adapter(model, place)
     try:
-        model, info = _loaded(path, trust_remote_code, dtype=dtype or "auto", use_safetensors=True, **attention)
+        options = {"dtype": dtype or "auto", "use_safetensors": True, **attention, **_placed(torch.device(device))}
+        model, info = _loaded(path, trust_remote_code, **options)
     except Exception as error:  # classes of configurations and the libraries of weights raise what they like
         raise CheckpointError(f"{path} cannot be loaded: {first_line(error)}") from error
     for trouble in ("missing_keys", "mismatched_keys", "unexpected_keys"):
@@ -119,6 +124,11 @@ def load_pruned(
 
 
 @quiet_transformers()
+def _placed(device: torch.device) -> dict[str, Any]:
+    """For transformers, to read weights one by one onto an accelerator: the host may have less memory than that."""
+    return {} if device == CPU else {"device_map": {"": device}}
+
+
 def _loaded(path: str | Path, trust_remote_code: bool, **options: Any) -> Any:
     """(model, loading information) by transformers; tensors of another shape are in the information, and no error."""
     config, _ = PreTrainedConfig.get_config_dict(str(path))

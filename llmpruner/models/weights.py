@@ -127,16 +127,14 @@ class StreamedWeights(Weights):
         for name, tensor in self.read(part).items():
             path, _, leaf = name.rpartition(".")
             module = self.model.get_submodule(path)
-            is_buffer = leaf in module._buffers
-            setattr(module, leaf, tensor if is_buffer else nn.Parameter(tensor, requires_grad=False))
+            value, is_buffer = tensor.to(self.device), leaf in module._buffers
+            setattr(module, leaf, value if is_buffer else nn.Parameter(value, requires_grad=False))
         if part is None:
             self.model.tie_weights()
         if part in self._kept:
             super().use(self._kept[part])
         for name in self._names.get(part, ()):
-            parameter = self.model.get_parameter(name).requires_grad_(False)
-            if parameter.device != self.device:
-                parameter.data = parameter.data.to(self.device)
+            self.model.get_parameter(name).requires_grad_(False)
 
     def _leave(self, part: int | None) -> None:
         self._users[part] -= 1

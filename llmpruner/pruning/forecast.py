@@ -4,14 +4,14 @@ loaded in memory or read layer by layer.
     memory = process + weights, all or those of two layers + hidden states up to their limit + the largest stage
     disk   = result + hidden states beyond their limit + what is kept for a run that is continued
 
-An accelerator has all of the memory but the process; weights come through the host's, and what is in float64 is there
-where the accelerator has none.
+An accelerator has all of the memory but the process. Weights come to it one by one, or layer by layer; what is in
+float64 stays on the host where the accelerator has none.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from math import prod
 
@@ -67,30 +67,28 @@ def forecast(
     what an accelerator has free, or into ``max_memory`` of the device that computes; else layer by layer. ``saves``:
     the model is cut. Raises `SettingsError` where neither fits, and `ModelError` for a streamed model whose weights are
     needed in memory."""
-    graph, item = structure.graph, dtype_of(structure, opener.load).itemsize
-    weights, decoder = item * graph.total_parameters, item * graph.decoder_parameters
+    item = dtype_of(structure, opener.load).itemsize
     possible, why = _possible(job, structure, saves, in_memory)
     process, device, held = psutil.Process().memory_info().rss + MODULES, opener.device_for(structure), 0
     if isinstance(structure, Model) and structure.streamed is None:
         held = sum(parameter.nbytes for parameter in structure.network.parameters())
     autocast = item == F32 and job.calibration is not None and multiplies_bfloat16_fast(device.type)
-    whole = weights * 3 // 2 if autocast else weights  # it keeps a copy in bfloat16 while the model runs
-    two_layers = weights - decoder + 2 * decoder // graph.num_layers
-    others, disk = _besides_weights(job, structure, item, saves)
-    in_use = {False: whole, True: two_layers}
+    needed, disk = needed_bytes(job, structure, item, saves=saves, autocast=autocast)
     here = described(device)
     if device == CPU:
-        choices = [Forecast(s, process - held + others + in_use[s], disk, here) for s in possible]
-        limit, place, share = total_memory(CPU), "this machine", 2
+        choices = [Forecast(streamed, process - held + needed[streamed], disk, here) for streamed in possible]
+        limit, place = total_memory(CPU), "this machine"
+        every = item * structure.graph.total_parameters * int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        if max_memory is None and every > free_memory(CPU) // 2:
+            choices = choices[-1:]
     else:
-        process += others if of_sums(device) == CPU else 0
-        choices = [Forecast(s, process + min(weights, in_use[s]), disk, here, others + in_use[s]) for s in possible]
-        limit, place, share = free_memory(device) + held, f"{device}", 1
+        if of_sums(device) == CPU:
+            process += needed[True]
+        choices = [Forecast(streamed, process, disk, here, needed[streamed]) for streamed in possible]
+        limit, place = free_memory(device) + held, str(device)
     name, advice = f"{place} has {bytes_text(limit)} of memory", "give --max-memory, or "
     if max_memory is not None:
         limit, name, advice = max_memory, f"--max-memory {bytes_text(max_memory)}", "raise it, or "
-    elif weights * int(os.environ.get("LOCAL_WORLD_SIZE", "1")) > free_memory(CPU) // share:
-        choices = choices[-1:]
     fitting = next((choice for choice in choices if choice.computing <= limit), None)
     if fitting is None:
         raise SettingsError(
@@ -113,8 +111,11 @@ def _possible(job: Job, structure: Structure, saves: bool, in_memory: bool) -> t
     return [True], None
 
 
-def _besides_weights(job: Job, structure: Structure, item: int, saves: bool) -> tuple[int, int]:
-    """Bytes of memory besides the weights, of ``item`` bytes each, and of disk."""
+def needed_bytes(
+    job: Job, structure: Structure, item: int, *, saves: bool = True, autocast: bool = False
+) -> tuple[Mapping[bool, int], int]:
+    """Bytes that the device takes which computes, by whether weights, of ``item`` bytes each, are streamed; and bytes
+    of disk. ``autocast``: a model in memory keeps a copy in bfloat16 while it runs."""
     graph, text, config = structure.graph, job.calibration, structure.config.get_text_config()
     weights, layer = item * graph.total_parameters, item * graph.decoder_parameters // graph.num_layers
     hidden, vocabulary = int(config.hidden_size), int(config.vocab_size)
@@ -132,9 +133,12 @@ def _besides_weights(job: Job, structure: Structure, item: int, saves: bool) -> 
     if isinstance(job, PruneJob):
         groups = scope_of(job, structure).groups(graph)
         read = min(tokens, GRADIENT_TOKENS) if job.compensation.reads_text else tokens
-        stages.append(batch + _scores(job, graph, groups, item, read))
+        running = batch
         if job.criterion.needs & GRADIENTS:
             states = max(states, read * hidden * item * (graph.num_layers + 2))
+            differentiated = max(length, min(tokens, TOKENS_WITH_GRADIENTS))
+            running = max(batch, differentiated * 8 * F32 * (hidden + widest))  # what autograd keeps is twice as much
+        stages.append(running + _scores(job, graph, groups, item, read))
         copies = weights if job.steps > 1 else 0
         if job.allocation.measures:  # a trial copies what stays of a kind, or of a group
             copies += (weights // 2 if job.shape == "uniform" else layer) + TRIED * vocabulary * F32
@@ -144,7 +148,10 @@ def _besides_weights(job: Job, structure: Structure, item: int, saves: bool) -> 
         stages.append(batch + _sums(graph, groups))
         states = max(states, tokens * (3 * hidden + widest) * F32)
         disk += weights // 4 + 4 * tokens * hidden * F32  # layers and hidden states, for a run that is continued
-    return copies + max(stages) + min(states, DEFAULT_LIMIT), disk + max(0, states - DEFAULT_LIMIT)
+    others = copies + max(stages) + min(states, DEFAULT_LIMIT)
+    two_layers = weights - item * graph.decoder_parameters + 2 * layer
+    whole = weights * 3 // 2 if autocast else weights
+    return {False: whole + others, True: two_layers + others}, disk + max(0, states - DEFAULT_LIMIT)
 
 
 def _scores(job: PruneJob, graph: CouplingGraph, groups: Iterable[CoupledGroup], item: int, tokens: int) -> int:
