@@ -11,9 +11,8 @@ import gc
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
@@ -33,28 +32,13 @@ if TYPE_CHECKING:
 def pytest_sessionstart(session: pytest.Session) -> None:
     if session.config.getoption("numprocesses", None):
         return  # the workers run the tests
+    from tiny_models import remembered
+
     from llmpruner.discovery import groups
     from llmpruner.testing import family
 
     family.run_python = run_fresh  # forked, without the seconds that importing torch and transformers takes
     groups.discover_graph = family.discover_graph = remembered(groups.discover_graph)
-
-
-def remembered(found_for: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    """``found_for`` a configuration, once in a process: many tests open the same few models."""
-    known: dict[Any, Any] = {}
-
-    def remembering(config: Any) -> Any:
-        if not type(config).__module__.startswith(("transformers.models.", "llmpruner_chatglm.")):
-            return found_for(config)  # a class of a test, which may change it
-        values = config.to_dict()
-        values.pop("_name_or_path", None)
-        key = type(config), repr(values)
-        if key not in known:
-            known[key] = found_for(config)
-        return known[key]
-
-    return remembering
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

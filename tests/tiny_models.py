@@ -1,6 +1,7 @@
 """A tiny tokenizer and tiny models, made on the spot."""
 
 import copy
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -48,3 +49,20 @@ def llama(*, layers: int = 2, tied: bool = False, seed: int = 0, **changes: Any)
         "bos_token_id": 0, "eos_token_id": 1, "tie_word_embeddings": tied,
     }  # fmt: skip
     return LlamaForCausalLM(LlamaConfig(**{**values, **changes})).eval()
+
+
+def remembered(found_for: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """``found_for`` a configuration, once in a process: many tests open the same few models."""
+    known: dict[Any, Any] = {}
+
+    def remembering(config: Any) -> Any:
+        if not type(config).__module__.startswith(("transformers.models.", "llmpruner_chatglm.")):
+            return found_for(config)  # a class of a test, which may change it
+        values = config.to_dict()
+        values.pop("_name_or_path", None)
+        key = type(config), repr(values)
+        if key not in known:
+            known[key] = found_for(config)
+        return known[key]
+
+    return remembering

@@ -123,12 +123,12 @@ def load_pruned(
     return model.to(device).eval()
 
 
-@quiet_transformers()
 def _placed(device: torch.device) -> dict[str, Any]:
     """For transformers, to read weights one by one onto an accelerator: the host may have less memory than that."""
     return {} if device == CPU else {"device_map": {"": device}}
 
 
+@quiet_transformers()
 def _loaded(path: str | Path, trust_remote_code: bool, **options: Any) -> Any:
     """(model, loading information) by transformers; tensors of another shape are in the information, and no error."""
     config, _ = PreTrainedConfig.get_config_dict(str(path))

@@ -6,7 +6,6 @@
 
 #include <ATen/CPUGeneratorImpl.h>
 #include <ATen/EmptyTensor.h>
-#include <ATen/autocast_mode.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/detail/PrivateUse1HooksInterface.h>
 #include <ATen/ops/_reshape_alias_native.h>
@@ -15,12 +14,17 @@
 #include <ATen/ops/view_native.h>
 #include <c10/core/impl/DeviceGuardImplInterface.h>
 #include <c10/core/impl/alloc_cpu.h>
-#include <torch/extension.h>
+#include <torch/library.h>
 
 #include <array>
 #include <unordered_set>
 #include <utility>
 #include <vector>
+
+namespace at::autocast {  // of <ATen/autocast_mode.h>, which takes three seconds
+TORCH_API at::ScalarType get_autocast_dtype(c10::DeviceType);
+TORCH_API Tensor cached_cast(at::ScalarType, const Tensor&, c10::DeviceType);
+}
 
 namespace {
 
@@ -127,7 +131,7 @@ struct Hooks final : at::PrivateUse1HooksInterface {
   bool hasPrimaryContext(DeviceIndex) const override { return true; }
   bool isPinnedPtr(const void*) const override { return false; }
   Device getDeviceFromPtr(void*) const override { return Device(KIND, current); }
-  at::Allocator* getPinnedMemoryAllocator() const override { return at::getCPUAllocator(); }
+  at::Allocator* getPinnedMemoryAllocator() const override { return c10::GetAllocator(c10::kCPU); }
   at::Generator getNewGenerator(DeviceIndex index) const override { return at::make_generator<Generator>(index); }
   const at::Generator& getDefaultGenerator(DeviceIndex) const override {
     static at::Generator generator = at::make_generator<Generator>(0);
@@ -155,7 +159,7 @@ Tensor on_cpu(const Tensor& tensor) {
   at::DataPtr shared(storage.mutable_data(), new Storage(storage),
                      [](void* kept) { delete static_cast<Storage*>(kept); }, c10::kCPU);
   auto implementation = c10::make_intrusive<c10::StorageImpl>(
-      c10::StorageImpl::use_byte_size_t(), storage.nbytes(), std::move(shared), at::getCPUAllocator(), true);
+      c10::StorageImpl::use_byte_size_t(), storage.nbytes(), std::move(shared), c10::GetAllocator(c10::kCPU), true);
   Tensor result = shaped_as(tensor, Storage(implementation), DispatchKey::CPU);
   if (tensor.is_conj()) result._set_conj(true);
   if (tensor.is_neg()) result._set_neg(true);
@@ -235,7 +239,8 @@ void run_on_cpu(const c10::OperatorHandle& handle, torch::jit::Stack* stack) {
   std::optional<Device> device;
   check_one_device(name, c10::ArrayRef<c10::IValue>(*stack).slice(first), device);
 
-  std::vector<std::pair<Tensor, Tensor>> pairs;  // of the stand-in, of the CPU
+  std::vector<std::pair<Tensor, Tensor>> pairs;   // of the stand-in, of the CPU
+  std::optional<at::Generator> generator, twin;  // likewise
   for (auto i = first; i < stack->size(); i++) {
     auto& value = (*stack)[i];
     if (value.isDevice() && value.toDevice().type() == KIND) {
@@ -243,7 +248,12 @@ void run_on_cpu(const c10::OperatorHandle& handle, torch::jit::Stack* stack) {
       device = asked.has_index() ? asked : Device(KIND, current);
       value = Device(c10::kCPU);
     } else if (value.isGenerator()) {
-      value = c10::IValue();
+      generator = value.toGenerator();
+      TORCH_CHECK(generator->device().type() == KIND, "Expected a 'standin' device type for generator but found '",
+                  generator->device().type(), "' in ", name);
+      twin = at::detail::createCPUGenerator();
+      twin->set_state(generator->get_state());
+      value = *twin;
     } else {
       value = mapped(value, [&](const Tensor& tensor) {
         if (!is_here(tensor)) return tensor;
@@ -254,6 +264,7 @@ void run_on_cpu(const c10::OperatorHandle& handle, torch::jit::Stack* stack) {
   }
   TORCH_CHECK(device, "no tensor of the stand-in in ", name);
   handle.redispatchBoxed(DispatchKeySet(DispatchKey::CPU), stack);
+  if (generator) generator->set_state(twin->get_state());
 
   auto back = [&](const Tensor& tensor) -> Tensor {
     if (!tensor.defined()) return tensor;
@@ -271,6 +282,16 @@ void run_on_cpu(const c10::OperatorHandle& handle, torch::jit::Stack* stack) {
     return from_cpu(tensor, *device);
   };
   for (auto i = stack->size() - schema.returns().size(); i < stack->size(); i++) (*stack)[i] = mapped((*stack)[i], back);
+}
+
+void run_in_lower_precision(const c10::OperatorHandle& handle, DispatchKeySet, torch::jit::Stack* stack) {
+  c10::impl::ExcludeDispatchKeyGuard once(DispatchKey::AutocastPrivateUse1);
+  const auto dtype = at::autocast::get_autocast_dtype(KIND);
+  for (auto i = stack->size() - handle.schema().arguments().size(); i < stack->size(); i++)
+    (*stack)[i] = mapped((*stack)[i], [&](const Tensor& tensor) {
+      return is_here(tensor) ? at::autocast::cached_cast(dtype, tensor, KIND) : tensor;
+    });
+  handle.callBoxed(stack);
 }
 
 // ------------------------------------------------------------------------------------------- operators of the device's own
@@ -353,6 +374,15 @@ Tensor unfold(const Tensor& tensor, int64_t axis, int64_t size, int64_t step) {
   return at::native::unfold(tensor, axis, size, step);
 }
 
+// Assigning to `Tensor.data` moves a parameter to another device, as on CUDA.
+bool has_compatible_type(const Tensor&, const Tensor&) { return true; }
+
+// Of integers too, as on CUDA; the CPU has no kernel for these.
+Tensor histc(const Tensor& tensor, int64_t bins, const at::Scalar& least, const at::Scalar& most) {
+  const Tensor numbers = on_cpu(tensor);
+  return from_cpu(numbers.to(at::kFloat).histc(bins, least, most).to(numbers.scalar_type()), tensor.device());
+}
+
 }  // namespace
 
 namespace c10::impl {
@@ -380,30 +410,32 @@ TORCH_LIBRARY_IMPL(aten, PrivateUse1, library) {
   library.impl("as_strided", as_strided);
   library.impl("_reshape_alias", reshape_alias);
   library.impl("unfold", unfold);
+  library.impl("_has_compatible_shallow_copy_type", has_compatible_type);
+  library.impl("histc", histc);
+  // A device without a kernel of its own gets a formula, which rounds otherwise.
+  for (const char* name : {"native_layer_norm", "native_group_norm", "silu_backward", "mish_backward"})
+    library.impl(name, torch::CppFunction::makeFromBoxedFunction<&run_on_cpu>());
 }
 
 TORCH_LIBRARY_IMPL(_, AutocastPrivateUse1, library) { library.fallback(torch::CppFunction::makeFallthrough()); }
 
-TORCH_LIBRARY_IMPL(aten, AutocastPrivateUse1, m) {
-  KERNEL_PRIVATEUSEONE(linear, lower_precision_fp)
-  KERNEL_PRIVATEUSEONE(matmul, lower_precision_fp)
-  KERNEL_PRIVATEUSEONE(mm, lower_precision_fp)
-  KERNEL_PRIVATEUSEONE(bmm, lower_precision_fp)
-  KERNEL_PRIVATEUSEONE(addmm, lower_precision_fp)
-  KERNEL_PRIVATEUSEONE(scaled_dot_product_attention, lower_precision_fp)
+TORCH_LIBRARY_IMPL(aten, AutocastPrivateUse1, library) {
+  for (const char* name : {"linear", "matmul", "mm", "bmm", "addmm", "scaled_dot_product_attention"})
+    library.impl(name, torch::CppFunction::makeFromBoxedFunction<&run_in_lower_precision>());
 }
 
-PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
-  module.def("start", [](bool float64) {
-    static Hooks hooks;
-    at::RegisterPrivateUse1HooksInterface(&hooks);
-    has_float64 = float64;
-  });
-  module.def("current", [] { return int(current); });
-  module.def("set", [](int index) { current = index; });
-  module.def("live", [](int index) { return memories[index].live; });
-  module.def("peak", [](int index) { return memories[index].peak; });
-  module.def("total", [](int index) { return memories[index].total; });
-  module.def("reset_peak", [](int index) { memories[index].peak = memories[index].live; });
-  module.def("set_total", [](int index, size_t bytes) { memories[index].total = bytes; });
+// For ctypes.
+extern "C" {
+void register_device() {
+  static Hooks hooks;
+  at::RegisterPrivateUse1HooksInterface(&hooks);
+}
+void set_float64(bool has) { has_float64 = has; }
+int get_current() { return current; }
+void set_current(int index) { current = index; }
+size_t live(int index) { return memories[index].live; }
+size_t peak(int index) { return memories[index].peak; }
+size_t total(int index) { return memories[index].total; }
+void reset_peak(int index) { memories[index].peak = memories[index].live; }
+void set_total(int index, size_t bytes) { memories[index].total = bytes; }
 }

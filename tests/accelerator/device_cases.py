@@ -1,0 +1,87 @@
+"""Tiny models in files, and the same work on the CPU and on the stand-in, whose results must be equal."""
+
+import contextlib
+import json
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import stand_in
+import tiny_models
+import torch
+from criteria_cases import correlated
+from safetensors.torch import load_file
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from transformers import CONFIG_MAPPING
+
+from llmpruner import Structure, api
+from llmpruner.discovery import groups
+from llmpruner.discovery.tiny import random_instance
+from llmpruner.models import devices
+from llmpruner.settings import LoadSettings
+
+SIZES = {
+    "vocab_size": 300, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 128, "bos_token_id": 0, "eos_token_id": 1,
+}  # fmt: skip
+EXPERTS = {"intermediate_size": 24, "num_local_experts": 4, "num_experts_per_tok": 2}
+
+groups.discover_graph = tiny_models.remembered(groups.discover_graph)
+
+
+@cache
+def dense(name: str = "llama", **sizes: int) -> Structure:
+    """A model in a folder, with its tokenizer."""
+    sizes = {**SIZES, **(EXPERTS if name == "mixtral" else {}), **sizes}
+    folder = Path.cwd() / f"{name}-{sizes['num_hidden_layers']}"
+    correlated(random_instance(CONFIG_MAPPING[name](**sizes))).save_pretrained(folder)
+    tiny_models.tokenizer().save_pretrained(folder)
+    return api.discover(folder)
+
+
+@cache
+def text() -> str:
+    (file := Path.cwd() / "text.txt").write_text(tiny_models.TEXT * 20)
+    return str(file)
+
+
+@contextlib.contextmanager
+def like_the_cpu() -> Iterator[None]:
+    """The CPU computes what the stand-in does: in float32, where it may be faster in bfloat16, and attention by its
+    formula, where it has a kernel of its own."""
+    with sdpa_kernel(SDPBackend.MATH), mock.patch("llmpruner.models.numbers.multiplies_bfloat16_fast", lambda _: False):
+        yield
+
+
+def begin(*, float64: bool = True, bfloat16: bool = False, total: int = 1 << 40) -> Any:
+    """`stand_in.start`, with what the program remembers of devices forgotten."""
+    devices._has_float64.cache_clear()
+    return stand_in.start(float64=float64, bfloat16=bfloat16, total=total)
+
+
+def prune(model: Structure, output: str, device: str, *, streamed: bool = False, **settings: Any) -> Any:
+    def free_memory(of: torch.device) -> int:  # it decides whether weights are read layer by layer
+        return 0 if streamed and of == devices.CPU else 1 << 50
+
+    with like_the_cpu(), mock.patch("llmpruner.pruning.forecast.free_memory", free_memory):
+        pruned = api.prune(model, output=output, load=LoadSettings(device=device), **settings)
+    assert (pruned.streamed is not None) == streamed
+    return pruned
+
+
+def tensors(folder: str | Path) -> dict[str, torch.Tensor]:
+    return {name: value for file in Path(folder).glob("*.safetensors") for name, value in load_file(file).items()}
+
+
+def differences(folder: str | Path, expected: str | Path) -> str:
+    """Of the plans and the bytes of the weights of two results; empty where there are none."""
+    ours, theirs = (json.loads(Path(each, "llmpruner.json").read_text()) for each in (folder, expected))
+    if ours["plans"] != theirs["plans"]:
+        return "another plan"
+    weights, others = tensors(folder), tensors(expected)
+    if weights.keys() != others.keys():
+        return "other tensors"
+    changed = [name for name, value in weights.items() if not torch.equal(value, others[name])]
+    return f"{len(changed)} of {len(weights)} tensors differ: {changed[0]}" if changed else ""
