@@ -20,6 +20,7 @@ from llmpruner import Structure, api
 from llmpruner.discovery import groups
 from llmpruner.discovery.tiny import random_instance
 from llmpruner.models import devices
+from llmpruner.pruning.forecast import forecast
 from llmpruner.settings import LoadSettings
 
 SIZES = {
@@ -62,10 +63,11 @@ def begin(*, float64: bool = True, bfloat16: bool = False, total: int = 1 << 40)
 
 
 def prune(model: Structure, output: str, device: str, *, streamed: bool = False, **settings: Any) -> Any:
-    def free_memory(of: torch.device) -> int:  # it decides whether weights are read layer by layer
-        return 0 if streamed and of == devices.CPU else 1 << 50
+    def expected(job: Any, structure: Any, opener: Any, _: Any, **options: Any) -> Any:
+        whole = forecast(job, structure, opener, None, **options)
+        return forecast(job, structure, opener, whole.computing - 1, **options) if streamed else whole
 
-    with like_the_cpu(), mock.patch("llmpruner.pruning.forecast.free_memory", free_memory):
+    with like_the_cpu(), mock.patch("llmpruner.pruning.workspace.forecast", expected):
         pruned = api.prune(model, output=output, load=LoadSettings(device=device), **settings)
     assert (pruned.streamed is not None) == streamed
     return pruned

@@ -4,9 +4,10 @@ import itertools
 import traceback
 
 import pytest
-from device_cases import DEVICES, begin, dense, differences, prune, text
+from device_cases import begin, dense, differences, prune, text
 
-TEXT = {"samples": 6, "length": 24}
+DEVICES = {"float64": {"float64": True}, "no float64": {"float64": False}}
+TEXT = {"samples": 4, "length": 16}
 KINDS = {
     "mlp,attention": {"ratio": 0.2},
     "layer": {"ratio": 0.25, "layers": "all"},
@@ -97,7 +98,7 @@ def of_criteria():
 def of_other_models():
     cases = {name: ("mixtral", settings) for name, settings in with_text(EXPERTS).items()}
     cases |= {name: ("gpt2", settings) for name, settings in with_text(WITH_BIASES).items()}
-    return different(cases, on=["no float64"])
+    return different(cases, on=["no float64"], streamed=[True])
 
 
 def in_memory():
