@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from transformers.utils import logging
 
-from ..errors import LlmprunerError, MissingExtraError, ModelError, first_line
+from ..errors import LlmprunerError, MissingExtraError, ModelError, first_line, is_out_of_memory
 from ..progress import only_errors
 from .gguf import gguf_parsed_once
 from .record import names_in
@@ -75,6 +75,8 @@ def in_one_line(reference: Reference) -> Iterator[None]:
     except LlmprunerError:
         raise
     except Exception as error:
+        if is_out_of_memory(error):  # the command says what helps
+            raise
         if isinstance(error, ImportError) and "gguf" in str(error).lower():
             raise MissingExtraError("gguf", "gguf") from error
         if "trust_remote_code" in str(error):

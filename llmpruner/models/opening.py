@@ -18,7 +18,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
-from ..errors import CheckpointError, MissingExtraError, ModelError, first_line
+from ..errors import CheckpointError, MissingExtraError, ModelError, first_line, is_out_of_memory
 from ..settings import LoadSettings
 from .devices import CPU, device_of
 from .gguf import forget_gguf, stored_twice
@@ -116,6 +116,8 @@ def load_pruned(
         options = {"dtype": dtype or "auto", "use_safetensors": True, **attention, **_placed(torch.device(device))}
         model, info = _loaded(path, trust_remote_code, **options)
     except Exception as error:  # classes of configurations and the libraries of weights raise what they like
+        if is_out_of_memory(error):
+            raise
         raise CheckpointError(f"{path} cannot be loaded: {first_line(error)}") from error
     for trouble in ("missing_keys", "mismatched_keys", "unexpected_keys"):
         for key in sorted(map(str, info[trouble])):

@@ -20,6 +20,7 @@ from llmpruner import Structure, api
 from llmpruner.discovery import groups
 from llmpruner.discovery.tiny import random_instance
 from llmpruner.models import devices
+from llmpruner.pruning.forecast import forecast
 from llmpruner.settings import LoadSettings
 
 SIZES = {
@@ -48,10 +49,13 @@ def text() -> str:
 
 
 @contextlib.contextmanager
-def like_the_cpu() -> Iterator[None]:
-    """The CPU computes what the stand-in does: in float32, where it may be faster in bfloat16, and attention by its
-    formula, where it has a kernel of its own."""
-    with sdpa_kernel(SDPBackend.MATH), mock.patch("llmpruner.models.numbers.multiplies_bfloat16_fast", lambda _: False):
+def like_the_cpu(bfloat16: bool = False) -> Iterator[None]:
+    """The CPU computes what the stand-in does: products in float32, or in bfloat16, and attention by its formula, where
+    it has a kernel of its own."""
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+        for module in ("models.numbers", "engine.products"):
+            stack.enter_context(mock.patch(f"llmpruner.{module}.multiplies_bfloat16_fast", lambda _: bfloat16))
         yield
 
 
@@ -61,11 +65,14 @@ def begin(*, float64: bool = True, bfloat16: bool = False, total: int = 1 << 40)
     return stand_in.start(float64=float64, bfloat16=bfloat16, total=total)
 
 
-def prune(model: Structure, output: str, device: str, *, streamed: bool = False, **settings: Any) -> Any:
-    def free_memory(of: torch.device) -> int:  # it decides whether weights are read layer by layer
-        return 0 if streamed and of == devices.CPU else 1 << 50
+def prune(
+    model: Structure, output: str, device: str, *, streamed: bool = False, bfloat16: bool = False, **settings: Any
+) -> Any:
+    def expected(job: Any, structure: Any, opener: Any, _: Any, **options: Any) -> Any:
+        whole = forecast(job, structure, opener, None, **options)
+        return forecast(job, structure, opener, whole.computing - 1, **options) if streamed else whole
 
-    with like_the_cpu(), mock.patch("llmpruner.pruning.forecast.free_memory", free_memory):
+    with like_the_cpu(bfloat16), mock.patch("llmpruner.pruning.workspace.forecast", expected):
         pruned = api.prune(model, output=output, load=LoadSettings(device=device), **settings)
     assert (pruned.streamed is not None) == streamed
     return pruned

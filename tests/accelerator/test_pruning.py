@@ -4,9 +4,10 @@ import itertools
 import traceback
 
 import pytest
-from device_cases import DEVICES, begin, dense, differences, prune, text
+from device_cases import begin, dense, differences, prune, text
 
-TEXT = {"samples": 6, "length": 24}
+DEVICES = {"float64": {"float64": True}, "no float64": {"float64": False}}
+TEXT = {"samples": 4, "length": 16}
 KINDS = {
     "mlp,attention": {"ratio": 0.2},
     "layer": {"ratio": 0.25, "layers": "all"},
@@ -18,14 +19,15 @@ MODELS = {"expert": "mixtral"}
 METHODS = ("best", "fast", "llm-pruner")
 
 
-def different(cases, *, on=tuple(DEVICES), streamed=(False, True), device="standin"):
-    """Where the result on a device is not that of the CPU, and why. ``cases``: by name, a model and settings."""
+def different(cases, *, on=tuple(DEVICES), streamed=(False, True), device="standin", bfloat16=False):
+    """Where the result on a device is not that of the CPU, and why. ``cases``: by name, a model and settings;
+    ``bfloat16``: both multiply faster in it."""
     found = {}
     for number, (name, (model, settings)) in enumerate(cases.items()):
-        options = {"calibration": text(), **settings}
+        options = {"calibration": text(), "bfloat16": bfloat16, **settings}
         prune(dense(model), f"cpu-{number}", "cpu", **options)
         for kind, reads in itertools.product(on, streamed):
-            begin(**DEVICES[kind])
+            begin(**DEVICES[kind], bfloat16=bfloat16)
             output = f"{kind}-{'streamed' if reads else 'resident'}-{number}"
             try:
                 prune(dense(model), output, device, streamed=reads, **options)
@@ -84,7 +86,7 @@ def with_text(cases):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("function", ["of_criteria", "of_other_models", "in_memory"])
+@pytest.mark.parametrize("function", ["of_criteria", "of_other_models", "in_memory", "in_bfloat16"])
 def test_every_criterion_and_allocation(on_device, function):
     assert on_device(globals()[function]) == {}
 
@@ -97,9 +99,14 @@ def of_criteria():
 def of_other_models():
     cases = {name: ("mixtral", settings) for name, settings in with_text(EXPERTS).items()}
     cases |= {name: ("gpt2", settings) for name, settings in with_text(WITH_BIASES).items()}
-    return different(cases, on=["no float64"])
+    return different(cases, on=["no float64"], streamed=[True])
 
 
 def in_memory():
     cases = {name: ("llama", settings) for name, settings in with_text(RESIDENT).items()}
     return different(cases, on=["no float64"], streamed=[False], device="standin:1")
+
+
+def in_bfloat16():
+    cases = with_text({"best": {"method": "best", "kinds": "mlp,attention"}, "taylor": {"importance": "taylor"}})
+    return different({name: ("llama", settings) for name, settings in cases.items()}, on=["no float64"], bfloat16=True)
