@@ -103,15 +103,15 @@ class Model(Structure):
 
     def in_tokens_of(self, trimmed: Model) -> Any:
         """The network; where ``trimmed`` has fewer of its tokens, as `InTokens`."""
-        return self.in_tokens(trimmed.tokenizer, trimmed.network.get_input_embeddings().weight.shape[0])
+        return self._in_tokens(trimmed.tokenizer, trimmed.network.get_input_embeddings().weight.shape[0])
 
-    def teaching(self, pruned: Structure, tokenizer: Any) -> Any:
+    def teacher_of(self, pruned: Structure, tokenizer: Any) -> Any:
         """The same for a model that was pruned from this one and learns from it, which need not be loaded."""
         embedding = self.network.get_input_embeddings().weight
         name = next(name for name, parameter in self.network.named_parameters() if parameter is embedding)
-        return self.in_tokens(tokenizer, pruned.graph.shapes[name][0], teaching=True)
+        return self._in_tokens(tokenizer, pruned.graph.shapes[name][0], teaching=True)
 
-    def in_tokens(self, tokenizer: Any, rows: int, *, teaching: bool = False) -> Any:
+    def _in_tokens(self, tokenizer: Any, rows: int, *, teaching: bool = False) -> Any:
         """The network; as `InTokens` for a model of fewer ``rows`` of embeddings, whose tokens are its own."""
         before = self.network.get_input_embeddings().weight.shape[0]
         if (old := None if rows >= before else old_ids(self.tokenizer, tokenizer)) is None:

@@ -91,7 +91,7 @@ def recover(
             loaded = opener.weights(opened)
         with stages.stage("training"), opener.progress.bar("Recovering") as at, loaded.changing("recovery"):
             result, record = train(
-                loaded, setup, data, folder, lambda: teacher.loaded().teaching(opened, tokenizer), predictions,
+                loaded, setup, data, folder, lambda: teacher.loaded().teacher_of(opened, tokenizer), predictions,
                 on_step=lambda number, total, loss: at(number / total, f"Recovering, step {number}, loss {loss:.3f}"),
                 progress=opener.progress,
             )  # fmt: skip
@@ -171,7 +171,7 @@ class _Dense:
             self.opener.progress.status(f"{structure.ref} is read layer by layer")
             model = open_streamed(structure, load, self.folder)
         with model.weights.outside():
-            return model, model.teaching(self.opened, self.opener.tokenizer(self.opened))
+            return model, model.teacher_of(self.opened, self.opener.tokenizer(self.opened))
 
 
 def _written(dense_text: DenseText, dense: _Dense, folder: Path, seed: int) -> list[tuple[str, Example]]:

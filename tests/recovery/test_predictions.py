@@ -161,10 +161,10 @@ def test_tokens_of_a_trimmed_model(home, tmp_path):
     ids = trimmed.tokenizer(tiny_models.TEXT[:200], add_special_tokens=False)["input_ids"]
     rows = [{"input_ids": part, "labels": part} for part in (ids[:40], ids[40:60], ids[60:])]
     resident, streamed = load_model(dense, LoadSettings()), open_streamed(dense, LoadSettings())
-    teacher = resident.teaching(llmpruner.discover(home / "trimmed"), trimmed.tokenizer)
+    teacher = resident.teacher_of(llmpruner.discover(home / "trimmed"), trimmed.tokenizer)
     predictions = made(tmp_path / "resident", rows, dense=resident, network=teacher)
     with streamed.weights.outside():
-        network = streamed.teaching(trimmed, trimmed.tokenizer)
+        network = streamed.teacher_of(trimmed, trimmed.tokenizer)
     made(tmp_path / "streamed", rows, dense=streamed, network=network)
     assert bytes_in(tmp_path / "streamed") == bytes_in(tmp_path / "resident")
     tokens, weights, _ = predictions.of(batch := batch_of(rows[1]))
