@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 from torch.nn.utils.rnn import pad_sequence
 
 from ..calibration.chat import IGNORED
-from ..engine.boundaries import States
+from ..engine.boundaries import Boundaries, States
 from ..engine.execution import TOKENS_AT_ONCE, Execution
 from ..engine.ranks import Ranks
 from ..engine.walk import CalibrationSet, Call, ForwardWalk, as_output, check_layers, record, replaced_layers
@@ -37,7 +37,8 @@ from ..values import bytes_text, counted
 
 Row = Mapping[str, list[int]]  # as in base.py, which names `Predictions`
 TOP, DRAWN = 32, 96
-STORED = torch.float16  # of probabilities; rounding them changes a loss by less than 1e-4
+"""So the gradient of a batch of 2,048 tokens is off by 1 %; see docs/tried.md for others."""
+STORED = torch.float16  # of probabilities, whose rounding changes nothing next to that
 _SHARD = 64
 """Rows of a file, after which a pass that was killed goes on."""
 _LOGITS = 1 << 26  # computed at once: 256 MiB in float32
@@ -117,7 +118,8 @@ class Predictions:
         size = min(TOKENS_AT_ONCE, _LOGITS // predicted_tokens(dense.network))
         batches = [(shard, rows) for shard in shards for rows in self._batches(shard, size)]
         kept: dict[int, Kept] = {}
-        read = _logits(dense, network, [self._padded(rows) for _, rows in batches], at)
+        padded, folder = [self._padded(rows) for _, rows in batches], self._files[0].parent
+        read = _logits(dense, network, padded, folder, at)
         for (shard, rows), logits_BTV in zip(batches, read, strict=True):
             for row, logits_TV in zip(rows, logits_BTV, strict=True):
                 draw = random.Random(f"{self._seed} predictions {row}")
@@ -172,9 +174,9 @@ def compressed(logits_TV: torch.Tensor, places_N: torch.Tensor, uniform_N: torch
 
 
 def _logits(
-    dense: Model, network: Any, batches: Sequence[Batch], at: Callable[[float], object]
+    dense: Model, network: Any, batches: Sequence[Batch], folder: Path, at: Callable[[float], object]
 ) -> Iterator[torch.Tensor]:
-    """The logits of each batch, (B, T, V)."""
+    """The logits of each batch, (B, T, V). ``folder``: for hidden states of a streamed model."""
     if dense.streamed is None:
         for number, batch in enumerate(batches):
             at(number / len(batches))
@@ -185,7 +187,7 @@ def _logits(
         part.append(batch)
         if number == len(batches) or sum(each["input_ids"].numel() for each in part) > _STREAMED_TOKENS:
             done, share = (number - len(part)) / len(batches), len(part) / len(batches)
-            yield from _streamed(dense, network, part, partial(_at_part, at, done, share))
+            yield from _streamed(dense, network, part, folder, partial(_at_part, at, done, share))
             part = []
 
 
@@ -194,11 +196,11 @@ def _at_part(at: Callable[[float], object], done: float, share: float, of_part: 
 
 
 def _streamed(
-    dense: Model, network: Any, batches: Sequence[Batch], at: Callable[[float], object]
+    dense: Model, network: Any, batches: Sequence[Batch], folder: Path, at: Callable[[float], object]
 ) -> Iterator[torch.Tensor]:
     """The same, of a model whose layers are read one by one: each runs on all batches."""
     weights, execution = dense.weights, Execution(dense.weights)
-    layers, states = execution.layers, States(execution.boundaries())
+    layers, states = execution.layers, States(Boundaries(folder))
     calls: list[list[Call]] = []
     with weights.outside():
         ids = batches[-1]["input_ids"][-1:]
