@@ -62,6 +62,12 @@ def _memory(device: torch.device) -> tuple[int, int]:
     return int(free), int(total)
 
 
+def processes_on(device: torch.device) -> int:
+    """How many processes of this machine compute on ``device``, and share its memory."""
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return processes if device == CPU else -(-processes // torch.get_device_module(device).device_count())
+
+
 def described(device: torch.device) -> str:
     """The name of a device, with its free memory, for the first line of a command."""
     name = getattr(torch.get_device_module(device), "get_device_name", lambda _: "")(device)

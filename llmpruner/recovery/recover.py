@@ -20,19 +20,21 @@ from ..discovery.opening import Opener, Source, placed_as
 from ..engine.execution import Execution
 from ..engine.ranks import Ranks
 from ..engine.stages import Stages
-from ..errors import LlmprunerError, ModelError, OutputError, PluginError, SettingsError, no_tokenizer
-from ..files import alone_in, write_text, writing
-from ..models.devices import described, total_memory
+from ..errors import LlmprunerError, ModelError, OutputError, PluginError, no_tokenizer
+from ..files import alone_in, read_json, write_text, writing
 from ..models.generation import table_of
 from ..models.model import Model, Structure
-from ..models.numbers import dtype_of, loaded_bytes
+from ..models.numbers import dtype_of
 from ..models.opening import load_model
 from ..models.reference import Reference
 from ..models.tokenizer import check_ids
 from ..progress import QUIET, Progress
 from ..pruning.workspace import saved
+from ..settings import LoadSettings
 from .base import RecoveryJob, TrainingResult, best_step, nothing
 from .data import DenseText, RecoverySetup, TrainingData, prepare, read_data, write_examples
+from .forecast import forecast
+from .sharding import sharded_in_place
 from .training import filled_in, latest_checkpoint
 
 _JOB_FILE = "job.json"  # identifies the recovery of which a folder has the state
@@ -61,7 +63,12 @@ def recover(
             dense = opener.dense_structure(opened)
         except LlmprunerError as error:
             raise ModelError(f"{error}; without it, give --data FILE and --strategy lora or full") from error
-    _check_memory(setup, opened, dense, opener)
+    sharded_before = ranks.from_first(lambda: None if restart else _recorded(folder).get("sharded"))
+    expected = forecast(setup, opened, dense if strategy.needs_dense else None, opener, sharded_before)
+    device = opened.network.device if isinstance(opened, Model) else opener.device
+    shards_on, load = (device if expected.shards > 1 else None), opener.load
+    if shards_on is not None and not isinstance(opened, Model):  # layer by layer, it is moved to the device
+        load = placed_as(opened, load).model_copy(update={"device": "cpu"})
     examples = read_data(settings.data)
     if output is not None:
         opener.say_widened(opened)
@@ -69,25 +76,33 @@ def recover(
         stages = Stages()
 
         @functools.cache
-        def dense_model() -> Model:
+        def dense_model(load: LoadSettings) -> Model:
             structure = dense or opener.dense_structure(opened)
-            return load_model(structure, placed_as(opened, opener.load))
+            return load_model(structure, placed_as(opened, load))
+
+        def teacher() -> PreTrainedModel:
+            model = dense_model(load)
+            if shards_on is not None:
+                sharded_in_place(model.network.requires_grad_(False), model.graph.layers, shards_on)
+            return model.in_tokens_of(loaded, teaching=True)
 
         if dense_text is not None:
             with stages.stage("writing examples"):
                 examples[dense_text.source] = ranks.from_first(
-                    lambda: _written(dense_text, opened, dense_model, folder, settings.seed, opener)
+                    lambda: _written(
+                        dense_text, opened, lambda: dense_model(opener.load), folder, settings.seed, opener
+                    )
                 )
-            if not strategy.needs_dense:
+            if not strategy.needs_dense or load != opener.load:
                 dense_model.cache_clear()
         data = prepare(settings, examples, opened.family, opener.tokenizer(opened), table_of(opened.config))
         with stages.stage("loading"):
-            loaded = opener.weights(opened)
+            loaded = replace(opener, load=load).weights(opened)
         with stages.stage("training"), opener.progress.bar("Recovering") as at, loaded.changing("recovery"):
             result, record = train(
-                loaded, setup, data, folder, lambda: dense_model().in_tokens_of(loaded, teaching=True),
+                loaded, setup, data, folder, teacher,
                 on_step=lambda number, total, loss: at(number / total, f"Recovering, step {number}, loss {loss:.3f}"),
-                progress=opener.progress,
+                progress=opener.progress, shards_on=shards_on, recomputes=expected.recomputes,
             )  # fmt: skip
         before = loaded.record or {}
         history = [*before.get("recovery", []), record]
@@ -99,23 +114,6 @@ def recover(
         if ranks.first and work_dir is None:
             shutil.rmtree(folder, ignore_errors=True)
         return loaded.become(recovered)
-
-
-def _check_memory(setup: RecoverySetup, opened: Structure, dense: Structure | None, opener: Opener) -> None:
-    """Say what a training needs. Raises `SettingsError` for more memory than the machine has."""
-    strategy, load = setup.strategy, opener.load
-    needed = loaded_bytes(opened, load)
-    # A number that is trained takes 16 bytes: itself, its gradient and two moments of AdamW, in float32.
-    needed += strategy.trained_parameters(opened.graph) * (16 - dtype_of(opened, load).itemsize)
-    if dense is not None and strategy.needs_dense:
-        needed += loaded_bytes(dense, load)
-    device = opened.network.device if isinstance(opened, Model) else opener.device
-    memory = total_memory(device)
-    if needed > memory:
-        room = f"{needed / 2**30:.1f} GiB of memory for '{opened.ref}', of {memory / 2**30:.1f}"
-        raise SettingsError(f"{strategy.name} needs {room}; --strategy lora and --dtype bfloat16 take less")
-    room = f"at least {needed / 2**30:.1f} GiB of memory"
-    opener.progress.status(f"on {described(device)}; strategy {strategy.name}: {room}")
 
 
 def _written(
@@ -145,8 +143,11 @@ def train(
     *,
     on_step: Callable[[int, int, float], object] = nothing,
     progress: Progress = QUIET,
+    shards_on: torch.device | None = None,
+    recomputes: bool = False,
 ) -> tuple[TrainingResult, dict[str, Any]]:
     """Train a model in place. Returns the strategy's result, and the record of the training for ``llmpruner.json``.
+    ``shards_on`` and ``recomputes``: see `RecoveryJob`.
 
     Where ``work_dir`` has the state of the same training, it goes on from there; delete it once the result is saved.
     In several processes, all call this with the same arguments, and each has the result. Raises `OutputError` where
@@ -159,25 +160,26 @@ def train(
     about = {
         "strategy": strategy.name,
         "strategy_settings": strategy.record(),
-        "settings": settings.model_dump(mode="json", exclude={"data", "strategy", "limit", "settings"}),
+        "settings": settings.model_dump(mode="json", exclude={"data", "strategy", "limit", "settings", "sharded"}),
         "fingerprint": hashlib.sha256(json.dumps([data.rows, data.validation]).encode()).hexdigest(),
     }
-    ranks.from_first(lambda: _claim(work_dir, {**about, "processes": ranks.count, "model": _sampled(model)}))
+    execution = {"processes": ranks.count, "sharded": shards_on is not None}
+    ranks.from_first(lambda: _claim(work_dir, {**about, **execution, "model": _sampled(model)}))
     if checkpoint := latest_checkpoint(work_dir):
         progress.status(f"continuing the training from {checkpoint}")
     validations: list[dict[str, Any]] = []
 
     @functools.cache
     def teacher() -> PreTrainedModel:
-        return load_teacher().to(model.device).eval().requires_grad_(False)
+        return load_teacher().to(shards_on or model.device).eval().requires_grad_(False)
 
     def on_validation(step: int, loss: float, error: float) -> None:
         validations.append({"step": step, "loss": loss, "error": error})
         progress.status(f"step {step}: {'held-out loss' if data.held_out else 'loss on examples'} {loss:.4f}")
 
     job = RecoveryJob(
-        model, loaded.tokenizer, data.rows, data.validation, loaded.graph, settings, work_dir, teacher, on_step,
-        on_validation,
+        model, loaded.tokenizer, data.rows, data.validation, loaded.graph, settings, work_dir, teacher, shards_on,
+        recomputes, on_step, on_validation,
     )  # fmt: skip
     with writing(work_dir), ranks.noticing():
         result = strategy.train(job)
@@ -201,8 +203,7 @@ def train(
 
 def _claim(work_dir: Path, identity: dict[str, Any]) -> None:
     """Create ``work_dir`` for this job. Raises `OutputError` where it has a checkpoint of another."""
-    file = work_dir / _JOB_FILE
-    kept = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    file, kept = work_dir / _JOB_FILE, _recorded(work_dir)
     changed = [key for key, value in identity.items() if kept.get(key) != value]
     if changed and any(work_dir.glob("checkpoint-*")):
         raise OutputError(
@@ -211,6 +212,12 @@ def _claim(work_dir: Path, identity: dict[str, Any]) -> None:
         )
     work_dir.mkdir(parents=True, exist_ok=True)
     write_text(file, json.dumps(identity, indent=2) + "\n")
+
+
+def _recorded(work_dir: Path) -> dict[str, Any]:
+    """What `_claim` wrote."""
+    file = work_dir / _JOB_FILE
+    return dict(read_json(file)) if file.is_file() else {}
 
 
 def _sampled(model: PreTrainedModel) -> str:
