@@ -101,5 +101,6 @@ def _estimate(setup: RecoverySetup, opened: Structure, dense: Structure | None, 
             widths[number] += sum(shape[-2:]) * (getattr(config, "num_experts_per_tok", 1) if len(shape) > 2 else 1)
     of_layers = [int(_SAVED * tokens * width * F32) for width in widths]
     boundaries = tokens * int(config.hidden_size) * F32 * graph.num_layers
-    logits = (3 if dense is not None else 2) * tokens * int(config.vocab_size) * item + _BLOCKS
-    return Forecast(held, 2 * F32 * max(parts), sum(of_layers), boundaries + max(of_layers), logits)
+    logits = tokens * int(config.vocab_size)
+    of_loss = (3 if dense is not None else 2) * logits * item + min(8 * F32 * logits, _BLOCKS)
+    return Forecast(held, 2 * F32 * max(parts), sum(of_layers), boundaries + max(of_layers), of_loss)
