@@ -59,8 +59,8 @@ def recover(
             dense = opener.dense_structure(opened)
         except LlmprunerError as error:
             raise ModelError(f"{error}; without it, give --data FILE and --strategy lora or full") from error
-    sharded_before = ranks.from_first(lambda: None if restart else _recorded(folder).get("sharded"))
-    expected = forecast(setup, opened, dense, opener, sharded_before)
+    begun = ranks.from_first(lambda: {} if restart else _recorded(folder))
+    expected = forecast(setup, opened, dense, opener, begun.get("sharded"))
     examples = read_data(settings.data)
     if output is not None:
         opener.say_widened(opened)
@@ -70,8 +70,8 @@ def recover(
             with stages.stage("writing examples"):
                 examples[dense_text.source] = ranks.from_first(lambda: teacher.written(dense_text, settings.seed))
         data = prepare(settings, examples, opened.family, opener.tokenizer(opened), table_of(opened.config))
-        predictions = None
-        if strategy.takes_predictions and not (expected.dense_fits and _reads_once(setup, len(data.rows), ranks)):
+        predictions, beside = None, begun.get("beside", expected.dense_fits and _reads_once(setup, data, ranks))
+        if strategy.takes_predictions and not beside:
             with stages.stage("predictions"):
                 about = [*teacher.identity, *(plan.kept.get("vocabulary") for plan in opened.plans)]
                 predictions = Predictions((*data.rows, *data.validation), settings.seed, folder, about)
@@ -102,8 +102,9 @@ def recover(
         return loaded.become(recovered)
 
 
-def _reads_once(setup: RecoverySetup, rows: int, ranks: Ranks) -> bool:
+def _reads_once(setup: RecoverySetup, data: TrainingData, ranks: Ranks) -> bool:
     """Whether a training reads no row twice; one that is limited by time is taken for one."""
+    rows = len(data.rows)
     settings = filled_in(setup.settings, rows, ranks.count, adapters=setup.strategy.needs_peft)
     assert settings.batch_size is not None, "filled in"
     return settings.minutes is not None or planned_steps(settings, rows) <= math.ceil(rows / settings.batch_size)
@@ -139,7 +140,7 @@ def train(
         "settings": settings.model_dump(mode="json", exclude={"data", "strategy", "limit", "settings", "sharded"}),
         "fingerprint": hashlib.sha256(json.dumps([data.rows, data.validation]).encode()).hexdigest(),
     }
-    execution = {"processes": ranks.count, "sharded": shards_on is not None}
+    execution = {"processes": ranks.count, "sharded": shards_on is not None, "beside": predictions is None}
     ranks.from_first(lambda: _claim(work_dir, {**about, **execution, "model": _sampled(model)}))
     if checkpoint := latest_checkpoint(work_dir):
         progress.status(f"continuing the training from {checkpoint}")

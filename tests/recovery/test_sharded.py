@@ -13,7 +13,13 @@ import llmpruner
 from llmpruner import SettingsError
 from llmpruner.recovery.strategies import DistilStrategy, FullStrategy, LoraStrategy
 
-TRAINING = {"max_steps": 6, "batch_size": 4, "micro_batch_size": 2, "cutoff": 24, "learning_rate": 1e-3}
+TRAINING = {
+    "max_steps": 8,  # more than an epoch, so that one process alone reads the dense model before, too
+    "batch_size": 4,
+    "micro_batch_size": 2,
+    "cutoff": 24,
+    "learning_rate": 1e-3,
+}
 # Dropout draws other numbers in another process.
 OWN = {"lora": {"lora": {"dropout": 0}}, "distil": {"distil": {"trains": "lora"}}}
 
