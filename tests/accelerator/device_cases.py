@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import CONFIG_MAPPING
 
-from llmpruner import Structure, api
+from llmpruner import Structure, api, load_catalog
 from llmpruner.discovery import groups
 from llmpruner.discovery.tiny import random_instance
 from llmpruner.models import devices
@@ -40,6 +40,9 @@ def dense(name: str = "llama", **sizes: int) -> Structure:
     correlated(random_instance(CONFIG_MAPPING[name](**sizes))).save_pretrained(folder)
     tiny_models.tokenizer().save_pretrained(folder)
     return api.discover(folder)
+
+
+catalog = cache(load_catalog)
 
 
 @cache
@@ -73,7 +76,7 @@ def prune(
         return forecast(job, structure, opener, whole.computing - 1, **options) if streamed else whole
 
     with like_the_cpu(bfloat16), mock.patch("llmpruner.pruning.workspace.forecast", expected):
-        pruned = api.prune(model, output=output, load=LoadSettings(device=device), **settings)
+        pruned = api.prune(model, output=output, load=LoadSettings(device=device), catalog=catalog(), **settings)
     assert (pruned.streamed is not None) == streamed
     return pruned
 
