@@ -16,14 +16,14 @@ from pathlib import Path
 from typing import Any
 
 
-def run(*arguments: str, timeout: int = 3600) -> dict[str, Any]:
-    """``llmpruner ARGUMENTS``: wall seconds, peak resident MiB, and standard output. Raises on a non-zero exit,
-    as after ``timeout`` seconds, when it is killed.
+def run(*arguments: str, timeout: int = 3600, module: str = "llmpruner") -> dict[str, Any]:
+    """``llmpruner ARGUMENTS``, or those of another ``module``: wall seconds, peak resident MiB, and standard output.
+    Raises on a non-zero exit, as after ``timeout`` seconds, when it is killed.
 
     Import no torch into the process that calls this: Linux counts what a parent holds into its child's peak.
     """
     started = time.monotonic()
-    command = [sys.executable, "-m", "llmpruner", *arguments]
+    command = [sys.executable, "-m", module, *arguments]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     limit = threading.Timer(timeout, process.kill)
     limit.start()
@@ -33,7 +33,7 @@ def run(*arguments: str, timeout: int = 3600) -> dict[str, Any]:
     if status:
         raise SystemExit(f"{' '.join(command)} failed with status {status}")
     return {
-        "command": "llmpruner " + " ".join(arguments),
+        "command": " ".join((module, *arguments)),
         "seconds": round(time.monotonic() - started, 1),
         "cpu_seconds": round(usage.ru_utime + usage.ru_stime, 1),
         "peak_mib": round(usage.ru_maxrss / 1024),

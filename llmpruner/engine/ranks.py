@@ -7,8 +7,7 @@ float64). The first process decides (text, plan, order of a layer's matrices) an
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 from functools import cache
@@ -19,6 +18,7 @@ import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
 from ..errors import LlmprunerError, ProcessError, first_line
+from ..models.devices import CPU, device_of, processes_on
 from ..progress import launched
 
 T = TypeVar("T")
@@ -32,8 +32,11 @@ _PATIENCE = timedelta(days=1)
 class Ranks:
     """All processes call the methods that send, in one order; these raise `ProcessError` when another has ended."""
 
-    def __init__(self, rank: int = 0, count: int = 1, group: Any = None, store: Any = None) -> None:
+    def __init__(
+        self, rank: int = 0, count: int = 1, group: Any = None, store: Any = None, sends: Collection[str] = ("cpu",)
+    ) -> None:
         self.rank, self.count, self._group, self._store = rank, count, group, store
+        self._sends = sends  # types of devices whose tensors are sent from where they are
 
     @staticmethod
     def current() -> Ranks:
@@ -79,11 +82,14 @@ class Ranks:
     def sum_(self, tensors: Iterable[torch.Tensor]) -> None:
         """Replace each tensor, in place, by its sum over all processes, which have the same shapes and dtypes."""
         for tensor in tensors if self.count > 1 else ():
-            whole = tensor.contiguous()
+            whole = self._to_send(tensor)
             with _noticing():
                 dist.all_reduce(whole, group=self._group)
             if whole is not tensor:
                 tensor.copy_(whole)
+
+    def _to_send(self, tensor: torch.Tensor) -> torch.Tensor:
+        return (tensor if tensor.device.type in self._sends else tensor.cpu()).contiguous()
 
     def totals(self, *numbers: float) -> tuple[float, ...]:
         """The sum of each number over all processes, in float64."""
@@ -96,7 +102,7 @@ class Ranks:
     def copy_from(self, number: int, tensors: Iterable[torch.Tensor]) -> None:
         """Replace each tensor, in place, by that of the process that owns task ``number``."""
         for tensor in tensors if self.count > 1 else ():
-            whole = tensor.contiguous()
+            whole = self._to_send(tensor)
             with _noticing():
                 # As bytes: not every backend knows every dtype.
                 dist.broadcast(whole.view(-1).view(torch.uint8), number % self.count, group=self._group)
@@ -145,23 +151,24 @@ SINGLE = Ranks()
 
 @cache
 def _connected() -> Ranks:
-    backend = "gloo"
-    if torch.cuda.is_available():
-        gpus = torch.cuda.device_count()
-        # From now on, "cuda" is the GPU of this process.
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % gpus)
-        # NCCL needs a GPU for each process.
-        if int(os.environ.get("LOCAL_WORLD_SIZE", "1")) <= gpus:
-            backend = "cpu:gloo,cuda:nccl"
+    backend, sends = "gloo", ["cpu"]
+    if (device := device_of("auto")) != CPU:
+        # From now on, a device without a number is that of this process.
+        torch.accelerator.set_device_index(device.index)
+        # NCCL, and its like, need a device for each process.
+        if processes_on(device) == 1 and (own := dist.get_default_backend_for_device(device)) != "gloo":
+            backend, sends = f"cpu:gloo,{device.type}:{own}", ["cpu", device.type]
     try:
         if dist.is_initialized():  # by the script that calls the API, maybe for another device
-            return Ranks(dist.get_rank(), dist.get_world_size(), dist.new_group(timeout=_PATIENCE, backend=backend))
+            return Ranks(
+                dist.get_rank(), dist.get_world_size(), dist.new_group(timeout=_PATIENCE, backend=backend), None, sends
+            )
         store, rank, count = next(rendezvous("env://", timeout=_PATIENCE))
         store.set_timeout(_PATIENCE)
         dist.init_process_group(backend, store=store, rank=rank, world_size=count, timeout=_PATIENCE)
     except (RuntimeError, ValueError, OSError) as error:
         raise ProcessError(f"the processes of this run cannot connect: {first_line(error)}") from error
-    return Ranks(rank, count, store=store)
+    return Ranks(rank, count, None, store, sends)
 
 
 @contextmanager

@@ -62,6 +62,12 @@ def _memory(device: torch.device) -> tuple[int, int]:
     return int(free), int(total)
 
 
+def processes_on(device: torch.device) -> int:
+    """How many processes of this machine compute on ``device``, and share its memory."""
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return processes if device == CPU else -(-processes // torch.get_device_module(device).device_count())
+
+
 def named(device: torch.device) -> str:
     name = getattr(torch.get_device_module(device), "get_device_name", lambda _: "")(device)
     return f"{device} ({name})" if name else str(device)

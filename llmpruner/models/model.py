@@ -101,12 +101,22 @@ class Model(Structure):
             left = f"'{self.ref}' was left half-changed by a {self.unfinished} that did not end"
             raise ModelError(f"{left}; load the model again")
 
-    def in_tokens_of(self, trimmed: Model, *, teaching: bool = False) -> Any:
+    def in_tokens_of(self, trimmed: Model) -> Any:
         """The network; where ``trimmed`` has fewer of its tokens, as `InTokens`."""
-        rows, before = (model.network.get_input_embeddings().weight.shape[0] for model in (trimmed, self))
-        if (old := None if rows >= before else old_ids(self.tokenizer, trimmed.tokenizer)) is None:
+        return self._in_tokens(trimmed.tokenizer, trimmed.network.get_input_embeddings().weight.shape[0])
+
+    def teacher_of(self, pruned: Structure, tokenizer: Any) -> Any:
+        """The same for a model that was pruned from this one and learns from it, which need not be loaded."""
+        embedding = self.network.get_input_embeddings().weight
+        name = next(name for name, parameter in self.network.named_parameters() if parameter is embedding)
+        return self._in_tokens(tokenizer, pruned.graph.shapes[name][0], teaching=True)
+
+    def _in_tokens(self, tokenizer: Any, rows: int, *, teaching: bool = False) -> Any:
+        """The network; as `InTokens` for a model of fewer ``rows`` of embeddings, whose tokens are its own."""
+        before = self.network.get_input_embeddings().weight.shape[0]
+        if (old := None if rows >= before else old_ids(self.tokenizer, tokenizer)) is None:
             return self.network
-        tokenizer, whole, kept = trimmed.tokenizer, self.tokenizer, {*old}
+        whole, kept = self.tokenizer, {*old}
         assert tokenizer is not None and whole is not None, "they were compared"
         split = tokenizer.backend_tokenizer.model.tokenize
         pieces = {n: tuple(part.id for part in split(token)) for token, n in whole.get_vocab().items() if n not in kept}

@@ -10,7 +10,6 @@ float64 stays on the host where the accelerator has none.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from math import prod
@@ -23,7 +22,7 @@ from ..engine.boundaries import DEFAULT_LIMIT
 from ..engine.execution import TOKENS_AT_ONCE, TOKENS_WITH_GRADIENTS
 from ..engine.signals import GRADIENTS, Signal
 from ..errors import ModelError, SettingsError
-from ..models.devices import CPU, described, free_memory, multiplies_bfloat16_fast, of_sums, total_memory
+from ..models.devices import CPU, described, free_memory, multiplies_bfloat16_fast, of_sums, processes_on, total_memory
 from ..models.generation import LOGIT_ELEMENTS, cached_bytes
 from ..models.model import Model, Structure
 from ..models.numbers import dtype_of
@@ -78,14 +77,14 @@ def forecast(
     if device == CPU:
         choices = [Forecast(streamed, process - held + needed[streamed], disk, here) for streamed in possible]
         limit, place = total_memory(CPU), "this machine"
-        every = item * structure.graph.total_parameters * int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        every = item * structure.graph.total_parameters * processes_on(CPU)
         if max_memory is None and every > free_memory(CPU) // 2:
             choices = choices[-1:]
     else:
         if of_sums(device) == CPU:
             process += needed[True]
         choices = [Forecast(streamed, process, disk, here, needed[streamed]) for streamed in possible]
-        limit, place = free_memory(device) + held, str(device)
+        limit, place = free_memory(device) // processes_on(device) + held, str(device)
     name, advice = f"{place} has {bytes_text(limit)} of memory", "give --max-memory, or "
     if max_memory is not None:
         limit, name, advice = max_memory, f"--max-memory {bytes_text(max_memory)}", "raise it, or "

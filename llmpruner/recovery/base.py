@@ -14,6 +14,8 @@ from ..structure.coupling import CouplingGraph
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from .predictions import Predictions
+
 Row = Mapping[str, list[int]]
 """``input_ids`` and ``labels`` of one example, of equal length, not padded. A label is the token at the same position,
 or −100 for tokens that are not trained on."""
@@ -45,6 +47,8 @@ class RecoveryStrategy(Component):
     hook: ClassVar[str] = "llmpruner_recovery_strategies"
     needs_dense: ClassVar[bool] = False
     """Whether `train` uses the dense model, which is looked for before anything is loaded."""
+    takes_predictions: ClassVar[bool] = False
+    """Whether `train` reads ``job.predictions``, where they are there, in place of ``job.teacher``."""
 
     @property
     def needs_peft(self) -> bool:
@@ -89,6 +93,8 @@ class RecoveryJob:
     teacher: Callable[[], PreTrainedModel]
     """The dense model: on the same device, in the same dtype, in evaluation mode, without gradients. The first call
     loads it, and raises `ModelError` if it can't be opened."""
+    predictions: Predictions | None = None
+    """Those of the dense model for all rows, which were made before; None where each row is read once."""
     on_step: Callable[[int, int, float], object] = nothing
     """Called after each optimizer step with its number from 1, the number of steps, and its loss."""
     on_validation: Callable[[int, float, float], object] = nothing

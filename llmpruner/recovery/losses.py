@@ -12,6 +12,7 @@ from ..calibration.chat import IGNORED
 from ..models.devices import of_sums
 from ..models.tokenizer import check_one_head
 from .base import RecoveryJob
+from .predictions import Predictions
 
 Batch = Mapping[str, torch.Tensor]
 """Padded rows: ``input_ids``, ``attention_mask`` and ``labels``, int64 (examples, tokens), on the model's device."""
@@ -25,6 +26,8 @@ _ELEMENTS = 1 << 22  # logits of a block, 16 MiB in float32, which stay in the p
 
 def distillation_loss(job: RecoveryJob, labels: float) -> Loss:
     """The divergence from the dense model, as `DistilStrategy` describes, with a share ``labels`` of cross entropy."""
+    if job.predictions is not None:
+        return _from_predictions(job.predictions, labels)
     teacher = job.teacher()
     check_one_head(teacher, job.model)
 
@@ -36,13 +39,35 @@ def distillation_loss(job: RecoveryJob, labels: float) -> Loss:
             log_q = logits.log_softmax(-1)
             log_p = dense_NV.index_select(0, places).float().log_softmax(-1)
             value: torch.Tensor = (log_p.exp() * (log_p - log_q)).sum(-1)
-            if labels:
-                value = (1 - labels) * value + labels * _cross_entropy(logits, places, next_tokens)
-            return value
+            return _with_labels(value, labels, logits, next_tokens)
 
         return mean_over_tokens(model(**_inputs(batch)).logits, batch["labels"], term)
 
     return loss
+
+
+def _from_predictions(predictions: Predictions, labels: float) -> Loss:
+    """The same by what is kept of the dense model's predictions, which gives it in expectation."""
+
+    def loss(model: Any, batch: Batch) -> torch.Tensor:
+        predicted = predictions.of(batch)
+        # Of each place in the batch, the number of its trained token.
+        numbers = trained_places(batch["labels"]).flatten().cumsum(0) - 1
+
+        def term(logits: torch.Tensor, places: torch.Tensor, next_tokens: torch.Tensor) -> torch.Tensor:
+            tokens, weights, information = (each[numbers[places]] for each in predicted)
+            log_q = logits.gather(1, tokens) - logits.logsumexp(-1, keepdim=True)
+            return _with_labels(information - (weights * log_q).sum(-1), labels, logits, next_tokens)
+
+        return mean_over_tokens(model(**_inputs(batch)).logits, batch["labels"], term)
+
+    return loss
+
+
+def _with_labels(value: torch.Tensor, share: float, logits: torch.Tensor, next_tokens: torch.Tensor) -> torch.Tensor:
+    if share:
+        value = (1 - share) * value + share * functional.cross_entropy(logits, next_tokens, reduction="none")
+    return value
 
 
 def next_token_loss(model: Any, batch: Batch) -> torch.Tensor:
@@ -57,9 +82,14 @@ def _cross_entropy(logits: torch.Tensor, _: torch.Tensor, next_tokens: torch.Ten
     return functional.cross_entropy(logits, next_tokens, reduction="none")
 
 
+def trained_places(labels_BT: torch.Tensor) -> torch.Tensor:
+    """Whether the token after each is trained on, (B, T)."""
+    return functional.pad(labels_BT[:, 1:], (0, 1), value=IGNORED) != IGNORED
+
+
 def trained_tokens(batch: Batch) -> int:
     """How many tokens of a batch are predicted and have a loss."""
-    return int((batch["labels"][:, 1:] != IGNORED).sum())
+    return int(trained_places(batch["labels"]).sum())
 
 
 def by_length(batch: Batch) -> list[Batch]:

@@ -51,10 +51,12 @@ class LoraStrategy(RecoveryStrategy):
 
 class DistilStrategy(RecoveryStrategy):
     """Knowledge distillation (Hinton, Vinyals, Dean, 2015). The loss is the mean over trained tokens of KL(p ‖ q), with
-    the predictions p of the dense and q of the pruned model, both in memory, over the vocabulary."""
+    the predictions p of the dense and q of the pruned model over the vocabulary. Where a row is read more than once, or
+    memory is too small for both models, p is read once, before the training, and kept on the disk: the likeliest tokens
+    and a sample of the others, which give the same loss in expectation."""
 
     name = "distil"
-    needs_dense = True
+    needs_dense = takes_predictions = True
     summary = "trains toward the predictions of the dense model (Hinton et al., 2015)"
 
     class Settings(LoraStrategy.Settings):

@@ -47,12 +47,17 @@ def model_of(model, graph=None):
     return Model(Reference("tiny"), model.config, FAMILY, graph, network=model, tokenizer=tiny_models.tokenizer())
 
 
-def train_tiny(folder, strategy, pruned=None, *, load_teacher=None, on_step=nothing, **changes):
+def train_tiny(
+    folder, strategy, pruned=None, *, load_teacher=None, predictions=lambda rows: None, on_step=nothing, **changes
+):
     """The result of a training in ``folder``, with its ``record``. ``changes``: of `SETTINGS`."""
     folder.mkdir(exist_ok=True)
     settings = RecoverSettings(data=write_lines(folder / "data.jsonl"), **{**SETTINGS, **changes})
     loaded = model_of(*(pruned or pruned_model()))
     data = prepare(settings, read_data(settings.data), FAMILY, loaded.tokenizer)
     teacher = load_teacher or (lambda: copy.deepcopy(dense_model(loaded.network.dtype)))
-    result, record = train(loaded, RecoverySetup(settings, strategy), data, folder / "work", teacher, on_step=on_step)
+    result, record = train(
+        loaded, RecoverySetup(settings, strategy), data, folder / "work", teacher,
+        predictions([*data.rows, *data.validation]), on_step=on_step,
+    )  # fmt: skip
     return SimpleNamespace(**vars(result), record=record)

@@ -191,7 +191,7 @@ def test_divergence_is_over_kept_tokens(home, dense, trimmed, caplog):
 
 def test_the_teacher_says_removed_tokens_by_their_pieces(tmp_path, dense, trimmed):
     ids = ids_of(trimmed, tiny_models.TEXT[:120])
-    teacher, (own, ends) = dense.in_tokens_of(trimmed, teaching=True), dense.in_tokens_of(trimmed).read(ids)
+    teacher, (own, ends) = dense.teacher_of(trimmed, trimmed.tokenizer), dense.in_tokens_of(trimmed).read(ids)
     expected = torch.zeros(len(ids), trimmed.network.config.vocab_size)
     kept = list(trimmed.plans[0].kept["vocabulary"])
     firsts = [ids_of(trimmed, dense.tokenizer.decode([token]))[0] if token not in kept else kept.index(token)

@@ -38,12 +38,12 @@ def recover(home, **options):
     """The result, and what was said of the strategy."""
     said, values = Said(), {"data": str(home / "data.jsonl"), "output": home / "out", **TRAINING, **options}
     made = llmpruner.recover(str(home / "pruned"), progress=said, **values)
-    return made, next(line for line in said.lines if line.startswith("strategy "))
+    return made, next(line for line in said.lines if "strategy " in line)
 
 
 def test_distillation_where_the_dense_model_is_there(home):
     made, line = recover(home)
-    assert made.record["recovery"][0]["strategy"] == "distil" and line.startswith("strategy distil: at least ")
+    assert made.record["recovery"][0]["strategy"] == "distil" and "strategy distil: at least " in line
     assert sorted(path.name for path in home.iterdir()) == ["data.jsonl", "dense", "out", "pruned"]
     assert {"run.json", "model.safetensors"} <= {path.name for path in (home / "out").iterdir()}
     assert len(llmpruner.discover(home / "out").record["recovery"]) == 1
@@ -118,11 +118,15 @@ def test_two_processes_train_as_one(home):
         data = "self:24" if strategy == "distil" else str(home / "data.jsonl")
         # Dropout draws other numbers in another process.
         own = {"lora": {"dropout": 0}} if strategy == "lora" else {}
-        alone, _ = recover(home, strategy=strategy, data=data, settings=own, output=home / f"{strategy}-alone")
+        # Rows are read twice, so both processes make predictions before.
+        options = {**TRAINING, "max_steps": 8} if strategy == "distil" else TRAINING
+        alone, _ = recover(
+            home, strategy=strategy, data=data, settings=own, output=home / f"{strategy}-alone", **options
+        )
         out = home / strategy
         command = [
             *launcher, "recover", home / "pruned", "--data", data, "-o", out, "--strategy", strategy,
-            *on_the_line(TRAINING), *(["--set", "lora.dropout=0"] if own else []),
+            *on_the_line(options), *(["--set", "lora.dropout=0"] if own else []),
         ]  # fmt: skip
         done = subprocess.run(
             [sys.executable, *map(str, command)], text=True, capture_output=True, timeout=200,
