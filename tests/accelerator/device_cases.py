@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import traceback
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -95,3 +96,10 @@ def differences(folder: str | Path, expected: str | Path) -> str:
         return "other tensors"
     changed = [name for name, value in weights.items() if not torch.equal(value, others[name])]
     return f"{len(changed)} of {len(weights)} tensors differ: {changed[0]}" if changed else ""
+
+
+def said(error: Exception) -> str:
+    """An error in one line, with the program's last line before it."""
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if "/llmpruner/" in frame.filename]
+    place = f" at {frames[-1].filename.rpartition('/llmpruner/')[2]}:{frames[-1].lineno}" if frames else ""
+    return f"{type(error).__name__}{place}: {str(error).splitlines()[0]}"

@@ -1,10 +1,9 @@
 """On a device, every method and criterion makes the CPU's plan and the CPU's weights, bit for bit."""
 
 import itertools
-import traceback
 
 import pytest
-from device_cases import begin, dense, differences, prune, text
+from device_cases import begin, dense, differences, prune, said, text
 
 FLOAT64, NONE = "float64", "no float64"
 RESIDENT, STREAMED = "resident", "streamed"
@@ -34,8 +33,8 @@ def different(cases, places, *, device="standin", bfloat16=False):
             try:
                 prune(dense(model), output, device, streamed=weights == STREAMED, **options)
                 why = differences(output, f"cpu-{number}")
-            except Exception:
-                why = traceback.format_exc()[-1500:]
+            except Exception as error:
+                why = said(error)
             found[f"{name}, {output}"] = why
     return {name: why for name, why in found.items() if why}
 
