@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import traceback
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -16,7 +17,7 @@ from safetensors.torch import load_file
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import CONFIG_MAPPING
 
-from llmpruner import Structure, api
+from llmpruner import Structure, api, load_catalog
 from llmpruner.discovery import groups
 from llmpruner.discovery.tiny import random_instance
 from llmpruner.models import devices
@@ -40,6 +41,9 @@ def dense(name: str = "llama", **sizes: int) -> Structure:
     correlated(random_instance(CONFIG_MAPPING[name](**sizes))).save_pretrained(folder)
     tiny_models.tokenizer().save_pretrained(folder)
     return api.discover(folder)
+
+
+catalog = cache(load_catalog)
 
 
 @cache
@@ -73,7 +77,7 @@ def prune(
         return forecast(job, structure, opener, whole.computing - 1, **options) if streamed else whole
 
     with like_the_cpu(bfloat16), mock.patch("llmpruner.pruning.workspace.forecast", expected):
-        pruned = api.prune(model, output=output, load=LoadSettings(device=device), **settings)
+        pruned = api.prune(model, output=output, load=LoadSettings(device=device), catalog=catalog(), **settings)
     assert (pruned.streamed is not None) == streamed
     return pruned
 
@@ -92,3 +96,10 @@ def differences(folder: str | Path, expected: str | Path) -> str:
         return "other tensors"
     changed = [name for name, value in weights.items() if not torch.equal(value, others[name])]
     return f"{len(changed)} of {len(weights)} tensors differ: {changed[0]}" if changed else ""
+
+
+def said(error: Exception) -> str:
+    """An error in one line, with the program's last line before it."""
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if "/llmpruner/" in frame.filename]
+    place = f" at {frames[-1].filename.rpartition('/llmpruner/')[2]}:{frames[-1].lineno}" if frames else ""
+    return f"{type(error).__name__}{place}: {str(error).splitlines()[0]}"

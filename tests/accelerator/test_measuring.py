@@ -1,12 +1,11 @@
 """On a device, models are measured, answer and are exported as on the CPU."""
 
 import hashlib
-import traceback
 from functools import partial
 from pathlib import Path
 
 import pytest
-from device_cases import begin, dense, like_the_cpu, prune, text
+from device_cases import begin, dense, like_the_cpu, prune, said, text
 from llmpruner_chat import Chat
 
 from llmpruner import api
@@ -83,6 +82,6 @@ def different():
             with like_the_cpu():
                 expected, result = (work(LoadSettings(device=device)) for device in ("cpu", "standin:1"))
             found[name] = "" if result == expected else f"{result}, not {expected}"
-        except Exception:
-            found[name] = traceback.format_exc()[-1500:]
+        except Exception as error:
+            found[name] = said(error)
     return {name: why for name, why in found.items() if why}

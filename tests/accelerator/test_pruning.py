@@ -1,12 +1,13 @@
 """On a device, every method and criterion makes the CPU's plan and the CPU's weights, bit for bit."""
 
 import itertools
-import traceback
 
 import pytest
-from device_cases import begin, dense, differences, prune, text
+from device_cases import begin, dense, differences, prune, said, text
 
-DEVICES = {"float64": {"float64": True}, "no float64": {"float64": False}}
+FLOAT64, NONE = "float64", "no float64"
+RESIDENT, STREAMED = "resident", "streamed"
+EVERY = tuple(itertools.product((FLOAT64, NONE), (RESIDENT, STREAMED)))
 TEXT = {"samples": 4, "length": 16}
 KINDS = {
     "mlp,attention": {"ratio": 0.2},
@@ -16,24 +17,24 @@ KINDS = {
     "vocabulary": {"ratio": 0.01, "budget": "parameters"},
 }
 MODELS = {"expert": "mixtral"}
-METHODS = ("best", "fast", "llm-pruner")
+METHODS = {"best": EVERY, "fast": EVERY[1:3], "llm-pruner": EVERY[1:3]}
 
 
-def different(cases, *, on=tuple(DEVICES), streamed=(False, True), device="standin", bfloat16=False):
+def different(cases, places, *, device="standin", bfloat16=False):
     """Where the result on a device is not that of the CPU, and why. ``cases``: by name, a model and settings;
     ``bfloat16``: both multiply faster in it."""
     found = {}
     for number, (name, (model, settings)) in enumerate(cases.items()):
         options = {"calibration": text(), "bfloat16": bfloat16, **settings}
         prune(dense(model), f"cpu-{number}", "cpu", **options)
-        for kind, reads in itertools.product(on, streamed):
-            begin(**DEVICES[kind], bfloat16=bfloat16)
-            output = f"{kind}-{'streamed' if reads else 'resident'}-{number}"
+        for sums, weights in places:
+            begin(float64=sums == FLOAT64, bfloat16=bfloat16)
+            output = f"{sums}-{weights}-{number}"
             try:
-                prune(dense(model), output, device, streamed=reads, **options)
+                prune(dense(model), output, device, streamed=weights == STREAMED, **options)
                 why = differences(output, f"cpu-{number}")
-            except Exception:
-                why = traceback.format_exc()[-1500:]
+            except Exception as error:
+                why = said(error)
             found[f"{name}, {output}"] = why
     return {name: why for name, why in found.items() if why}
 
@@ -51,7 +52,7 @@ def of_method(method):
     }
     if method == "llm-pruner":
         cases["vocabulary"][1]["importance"] = "vocabulary"  # its own scores no tokens
-    return different(cases)
+    return different(cases, METHODS[method])
 
 
 LAYER = {"kinds": "layer", **KINDS["layer"]}
@@ -72,7 +73,7 @@ WITH_BIASES = {
     "best": {"method": "best", "kinds": "mlp,attention"},
     "bias": {"importance": "flap", "compensate": "bias"},
 }
-RESIDENT = {
+WHOLE = {
     "steps": {"importance": "taylor", "steps": 2},
     "sensitivity": {"importance": "l2", "allocation": "sensitivity"},
     "global": {"importance": "taylor", "allocation": "global", "shape": "free"},
@@ -93,20 +94,20 @@ def test_every_criterion_and_allocation(on_device, function):
 
 def of_criteria():
     cases = {name: ("llama", settings) for name, settings in with_text(CRITERIA).items()}
-    return different(cases, on=["no float64"], streamed=[True])
+    return different(cases, [(NONE, STREAMED)])
 
 
 def of_other_models():
     cases = {name: ("mixtral", settings) for name, settings in with_text(EXPERTS).items()}
     cases |= {name: ("gpt2", settings) for name, settings in with_text(WITH_BIASES).items()}
-    return different(cases, on=["no float64"], streamed=[True])
+    return different(cases, [(NONE, STREAMED)])
 
 
 def in_memory():
-    cases = {name: ("llama", settings) for name, settings in with_text(RESIDENT).items()}
-    return different(cases, on=["no float64"], streamed=[False], device="standin:1")
+    cases = {name: ("llama", settings) for name, settings in with_text(WHOLE).items()}
+    return different(cases, [(NONE, RESIDENT)], device="standin:1")
 
 
 def in_bfloat16():
     cases = with_text({"best": {"method": "best", "kinds": "mlp,attention"}, "taylor": {"importance": "taylor"}})
-    return different({name: ("llama", settings) for name, settings in cases.items()}, on=["no float64"], bfloat16=True)
+    return different({name: ("llama", settings) for name, settings in cases.items()}, EVERY[2:], bfloat16=True)
