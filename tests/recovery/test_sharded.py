@@ -13,13 +13,12 @@ import llmpruner
 from llmpruner import SettingsError
 from llmpruner.recovery.strategies import DistilStrategy, FullStrategy, LoraStrategy
 
+# More than an epoch, so that one process alone reads the dense model before, too; and no batch of an odd number of
+# rows, of which two processes repeat one.
 TRAINING = {
-    "max_steps": 8,  # more than an epoch, so that one process alone reads the dense model before, too
-    "batch_size": 4,
-    "micro_batch_size": 2,
-    "cutoff": 24,
-    "learning_rate": 1e-3,
-}
+    "max_steps": 8, "batch_size": 4, "micro_batch_size": 2, "cutoff": 24, "learning_rate": 5e-4, "limit": 24,
+    "validation": 4,
+}  # fmt: skip
 # Dropout draws other numbers in another process.
 OWN = {"lora": {"lora": {"dropout": 0}}, "distil": {"distil": {"trains": "lora"}}}
 
