@@ -16,7 +16,7 @@ from llmpruner.recovery.strategies import DistilStrategy, FullStrategy, LoraStra
 # More than an epoch, so that one process alone reads the dense model before, too; and no batch of an odd number of
 # rows, of which two processes repeat one.
 TRAINING = {
-    "max_steps": 8, "batch_size": 4, "micro_batch_size": 2, "cutoff": 24, "learning_rate": 5e-4, "limit": 24,
+    "max_steps": 8, "batch_size": 4, "micro_batch_size": 2, "cutoff": 24, "learning_rate": 1e-3, "limit": 23,
     "validation": 4,
 }  # fmt: skip
 # Dropout draws other numbers in another process.
