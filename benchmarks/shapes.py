@@ -1,8 +1,8 @@
 """LLaMAs of published shapes with random weights, written shard by shard, for measurements of memory and time.
 
-    python -m benchmarks.shapes SHAPE DIRECTORY
+    python -m benchmarks.shapes SHAPE DIRECTORY [DTYPE]
 
-In bfloat16. The tokenizer has a token for every byte.
+In bfloat16 by default. The tokenizer has a token for every byte.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ SHAPES = {
     "3b": (3200, 8640, 26, 32, 32, 32000),
     "1b": (2048, 8192, 16, 32, 8, 32000),
     "wide": (1024, 4096, 12, 16, 8, 32000),
+    "small": (1024, 2816, 12, 16, 8, 8000),
     "tiny": (512, 1408, 8, 8, 4, 8000),
 }
 """Name → hidden channels, MLP channels, layers, query heads, KV heads, tokens."""
@@ -79,4 +80,4 @@ def _write_tokenizer(directory: Path) -> None:
 
 
 if __name__ == "__main__":
-    write_model(sys.argv[1], Path(sys.argv[2]))
+    write_model(sys.argv[1], Path(sys.argv[2]), getattr(torch, (*sys.argv[3:], "bfloat16")[0]))

@@ -279,8 +279,9 @@ def bench(
     opener = _opener(load, catalog, progress)
     from .evaluation.bench import bench as _bench
     from .evaluation.bench import bench_subject
+    from .models.devices import device_of
 
-    opener.device  # noqa: B018 - refused before any model is opened
+    device_of(opener.load.device)  # refused before any model is opened
     return _bench([bench_subject(each, options, opener) for each in references], runtime, options, progress)
 
 

@@ -48,6 +48,7 @@ class RecoverKeywords(TypedDict, total=False):
     minutes: float | None
     batch_size: int | None
     micro_batch_size: int
+    sharded: bool | None
     cutoff: int
     validation: float
     seed: int

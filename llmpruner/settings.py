@@ -198,6 +198,9 @@ class RecoverSettings(Settings):
     """Examples per step. By default 64, halved down to 2 while --epochs give fewer than 200 steps; with --minutes 4."""
     micro_batch_size: int = option(4, ge=1, advanced=True)
     """Examples in memory at once; gradients accumulate up to the batch size."""
+    sharded: bool | None = option(None, advanced=True)
+    """Whether several processes keep shards of weights, gradients and optimizer, by torch's FSDP, instead of a copy
+    each; by default where the copies would not fit into memory."""
     cutoff: int = option(256, _TRAINING, ge=2, le=2**20)
     """Tokens per example; longer instructions and conversations are cut, texts are joined to rows of so many."""
     validation: float = option(0.02, _TRAINING, ge=0)

@@ -62,9 +62,13 @@ def stored_value(structure: Structure, name: str) -> Any:
 
 
 @contextlib.contextmanager
-def autocast_to(device: str, dtype: torch.dtype, *, enabled: bool = True) -> Iterator[None]:
-    """`torch.autocast` in which norms take 16-bit weights for other inputs, which torch refuses on a CPU."""
-    with torch.autocast(device, dtype, enabled=enabled), _WideNorms() if enabled else contextlib.nullcontext():
+def autocast_to(device: str, dtype: torch.dtype, *, enabled: bool = True, caches: bool = True) -> Iterator[None]:
+    """`torch.autocast` in which norms take 16-bit weights for other inputs, which torch refuses on a CPU. ``caches``:
+    keep the converted weights until the block ends."""
+    with (
+        torch.autocast(device, dtype, enabled=enabled, cache_enabled=caches),
+        _WideNorms() if enabled else contextlib.nullcontext(),
+    ):
         yield
 
 

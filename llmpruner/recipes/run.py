@@ -20,6 +20,7 @@ from ..discovery.opening import Opener
 from ..engine.stages import read_step, write_step
 from ..errors import OutputError, SettingsError, naming, no_tokenizer
 from ..files import alone_in, check_new_directory, new_directory, write_text
+from ..models.devices import device_of
 from ..models.record import RESULTS_FILE
 from ..models.reference import data_identity, model_identity, resolve
 from ..progress import QUIET
@@ -85,7 +86,7 @@ class RecipeRun:
         self.recipe, self.model, self.output = recipe, str(model), Path(output)
         self.run, self.functions = run, functions
         self.opener = opener = replace(opener, load=recipe.load.model_copy(update=opener.load.given()))
-        opener.device  # noqa: B018 - refused before any step
+        device_of(opener.load.device)  # refused before any step
         self.dense = replace(opener, progress=QUIET).structure(self.model)
         if not opener.has_tokenizer(self.dense):
             raise no_tokenizer(f"model '{model}'", "the pruned model could read no text; put its files there")

@@ -12,6 +12,7 @@ from ..settings import RecoverSettings
 from ..structure.coupling import CouplingGraph
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedModel
 
     from .predictions import Predictions
@@ -95,6 +96,10 @@ class RecoveryJob:
     loads it, and raises `ModelError` if it can't be opened."""
     predictions: Predictions | None = None
     """Those of the dense model for all rows, which were made before; None where each row is read once."""
+    shards_on: torch.device | None = None
+    """The device of a sharded training, whose model is loaded on the CPU; None: each process has the whole model."""
+    recomputes: bool = False
+    """Whether `fit` computes activations of layers again for their gradients, instead of keeping them."""
     on_step: Callable[[int, int, float], object] = nothing
     """Called after each optimizer step with its number from 1, the number of steps, and its loss."""
     on_validation: Callable[[int, float, float], object] = nothing

@@ -73,7 +73,7 @@ def recovery_setup(settings: RecoverSettings, catalog: Catalog) -> RecoverySetup
 def check_setup(setup: RecoverySetup) -> None:
     """Refuse what needs no model to be seen: missing or malformed data, missing libraries, and FSDP."""
     if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
-        raise SettingsError("recover keeps the whole model in every process; launch it without FSDP")
+        raise SettingsError("recover shards a model by itself: launch it without FSDP, and set recover.sharded=true")
     if setup.strategy.needs_peft and find_spec("peft") is None:
         raise MissingExtraError("peft", "recover")
     for source, _ in parse_mixture(setup.settings.data):

@@ -3,43 +3,37 @@
 from __future__ import annotations
 
 import functools
-import gc
 import hashlib
 import json
 import math
-import os
 import shutil
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
-from ..calibration.conversations import Example, read_examples
 from ..discovery.opening import Opener, Source, placed_as
 from ..engine.execution import Execution
 from ..engine.ranks import Ranks
 from ..engine.stages import Stages
-from ..errors import LlmprunerError, ModelError, OutputError, PluginError, SettingsError, no_tokenizer
-from ..files import alone_in, write_text, writing
-from ..models.devices import CPU, described, device_of, free_memory, total_memory
+from ..errors import LlmprunerError, ModelError, OutputError, PluginError
+from ..files import alone_in, read_json, write_text, writing
 from ..models.generation import table_of
 from ..models.model import Model, Structure
-from ..models.numbers import dtype_of, loaded_bytes
-from ..models.opening import load_model, open_streamed, why_not_streamed
 from ..models.reference import Reference
 from ..models.tokenizer import check_ids
 from ..progress import QUIET, Progress
 from ..pruning.workspace import saved
 from .base import RecoveryJob, TrainingResult, best_step, nothing
-from .data import DenseText, RecoverySetup, TrainingData, prepare, read_data, write_examples
+from .data import RecoverySetup, TrainingData, prepare, read_data
+from .dense import JOB_FILE, DenseModel
+from .forecast import forecast
 from .predictions import Predictions
 from .training import filled_in, latest_checkpoint, planned_steps
-
-_JOB_FILE = "job.json"  # identifies the recovery of which a folder has the state
 
 
 def recover(
@@ -65,35 +59,36 @@ def recover(
             dense = opener.dense_structure(opened)
         except LlmprunerError as error:
             raise ModelError(f"{error}; without it, give --data FILE and --strategy lora or full") from error
-    both_fit = _check_memory(setup, opened, dense, opener)
+    begun = ranks.from_first(lambda: {} if restart else _recorded(folder))
+    expected = forecast(setup, opened, dense, opener, begun.get("sharded"))
     examples = read_data(settings.data)
     if output is not None:
         opener.say_widened(opened)
-    with alone_in(folder, _JOB_FILE, anew=restart) if ranks.first else nullcontext():
-        stages, tokenizer = Stages(), opener.tokenizer(opened)
-        teacher = _Dense(opened, dense, opener, folder)
+    with alone_in(folder, JOB_FILE, anew=restart) if ranks.first else nullcontext():
+        stages, teacher = Stages(), DenseModel(opened, dense, opener, folder)
         if dense_text is not None:
             with stages.stage("writing examples"):
-                examples[dense_text.source] = ranks.from_first(
-                    lambda: _written(dense_text, teacher, folder, settings.seed)
-                )
-        data = prepare(settings, examples, opened.family, tokenizer, table_of(opened.config))
-        predictions = None
-        if strategy.takes_predictions and not (both_fit and _reads_once(setup, len(data.rows), ranks)):
+                examples[dense_text.source] = ranks.from_first(lambda: teacher.written(dense_text, settings.seed))
+        data = prepare(settings, examples, opened.family, opener.tokenizer(opened), table_of(opened.config))
+        predictions, beside = None, begun.get("beside", expected.dense_fits and _reads_once(setup, data, ranks))
+        if strategy.takes_predictions and not beside:
             with stages.stage("predictions"):
                 about = [*teacher.identity, *(plan.kept.get("vocabulary") for plan in opened.plans)]
                 predictions = Predictions((*data.rows, *data.validation), settings.seed, folder, about)
-                ranks.from_first(lambda: _mark(folder))
+                ranks.from_first(teacher.mark)
                 predictions.make(teacher.to_read, ranks, opener.progress)
         if predictions is not None or not strategy.needs_dense:
             teacher.free()
+        load, shards_on = opener.load, opener.device_for(opened) if expected.shards > 1 else None
+        if shards_on is not None and not isinstance(opened, Model):  # layer by layer, it is moved to the device
+            load = placed_as(opened, load).model_copy(update={"device": "cpu"})
         with stages.stage("loading"):
-            loaded = opener.weights(opened)
+            loaded = replace(opener, load=load).weights(opened)
         with stages.stage("training"), opener.progress.bar("Recovering") as at, loaded.changing("recovery"):
             result, record = train(
-                loaded, setup, data, folder, lambda: teacher.loaded().teacher_of(opened, tokenizer), predictions,
+                loaded, setup, data, folder, teacher.teacher, predictions,
                 on_step=lambda number, total, loss: at(number / total, f"Recovering, step {number}, loss {loss:.3f}"),
-                progress=opener.progress,
+                progress=opener.progress, shards_on=shards_on, recomputes=expected.recomputes,
             )  # fmt: skip
         before = loaded.record or {}
         history = [*before.get("recovery", []), record]
@@ -107,91 +102,12 @@ def recover(
         return loaded.become(recovered)
 
 
-def _check_memory(setup: RecoverySetup, opened: Structure, dense: Structure | None, opener: Opener) -> bool:
-    """Say what a training needs. Returns whether the dense model fits beside it; raises `SettingsError` for more memory
-    than the machine has."""
-    strategy, load = setup.strategy, opener.load
-    needed = loaded_bytes(opened, load)
-    # A number that is trained takes 16 bytes: itself, its gradient and two moments of AdamW, in float32.
-    needed += strategy.trained_parameters(opened.graph) * (16 - dtype_of(opened, load).itemsize)
-    of_dense = loaded_bytes(dense, load) if dense is not None and strategy.needs_dense else 0
-    if not strategy.takes_predictions:
-        needed, of_dense = needed + of_dense, 0
-    device = opener.device_for(opened)
-    memory = total_memory(device)
-    if needed > memory:
-        room = f"{needed / 2**30:.1f} GiB of memory for '{opened.ref}', of {memory / 2**30:.1f}"
-        raise SettingsError(f"{strategy.name} needs {room}; --strategy lora and --dtype bfloat16 take less")
-    room = f"at least {needed / 2**30:.1f} GiB of memory"
-    opener.progress.status(f"on {described(device)}; strategy {strategy.name}: {room}")
-    return needed + of_dense <= memory
-
-
-def _reads_once(setup: RecoverySetup, rows: int, ranks: Ranks) -> bool:
+def _reads_once(setup: RecoverySetup, data: TrainingData, ranks: Ranks) -> bool:
     """Whether a training reads no row twice; one that is limited by time is taken for one."""
+    rows = len(data.rows)
     settings = filled_in(setup.settings, rows, ranks.count, adapters=setup.strategy.needs_peft)
     assert settings.batch_size is not None, "filled in"
     return settings.minutes is not None or planned_steps(settings, rows) <= math.ceil(rows / settings.batch_size)
-
-
-class _Dense:
-    """The dense model of ``opened``. ``structure``: None where nothing reads it, or it was not looked for."""
-
-    def __init__(self, opened: Structure, structure: Structure | None, opener: Opener, folder: Path) -> None:
-        self.opened, self.structure, self.opener, self.folder = opened, structure, opener, folder
-        self._loaded: Model | None = None
-
-    @property
-    def identity(self) -> list[str]:
-        base = self.opened.plans[0].base
-        return [base.model, base.structure, str(dtype_of(self.opened, self.opener.load))]
-
-    def loaded(self) -> Model:
-        """In memory, until `free`."""
-        if self._loaded is None:
-            structure = self.structure or self.opener.dense_structure(self.opened)
-            self._loaded = load_model(structure, placed_as(self.opened, self.opener.load))
-        return self._loaded
-
-    def free(self) -> None:
-        self._loaded = None
-        gc.collect()
-
-    def to_read(self) -> tuple[Model, Any]:
-        """In memory if it is there or fits, else streamed; with its network in the tokens of the pruned model."""
-        assert self.structure is not None
-        structure, load = self.structure, placed_as(self.opened, self.opener.load)
-        device = device_of(load.device)
-        sharing = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if device == CPU else 1
-        # With a copy of the weights in bfloat16, which autocast keeps of those in float32, and the logits.
-        needed = sharing * (loaded_bytes(structure, load) * 3 // 2 + (1 << 30))
-        if self._loaded is not None or needed <= free_memory(device) or why_not_streamed(structure):
-            model = self.loaded()
-        else:
-            self.opener.progress.status(f"{structure.ref} is read layer by layer")
-            model = open_streamed(structure, load, self.folder)
-        with model.weights.outside():
-            return model, model.teacher_of(self.opened, self.opener.tokenizer(self.opened))
-
-
-def _written(dense_text: DenseText, dense: _Dense, folder: Path, seed: int) -> list[tuple[str, Example]]:
-    """The examples that the dense model writes, kept in ``folder`` for an interrupted run."""
-    identity = json.dumps([asdict(dense_text), seed, *dense.identity])
-    file = folder / f"self-{hashlib.sha256(identity.encode()).hexdigest()[:12]}.jsonl"
-    if not file.is_file():
-        model = dense.loaded()
-        if model.tokenizer is None:
-            raise no_tokenizer(f"the dense model '{model.ref}'", "it cannot write examples")
-        examples = write_examples(dense_text, model, seed, dense.opener.progress)
-        _mark(folder)
-        write_text(file, "".join(json.dumps(asdict(each), ensure_ascii=False) + "\n" for each in examples))
-    return read_examples(str(file))
-
-
-def _mark(folder: Path) -> None:
-    """Until the training identifies itself, so that a run which was killed goes on in ``folder``."""
-    if not (folder / _JOB_FILE).is_file():
-        write_text(folder / _JOB_FILE, "{}\n")
 
 
 def train(
@@ -204,8 +120,11 @@ def train(
     *,
     on_step: Callable[[int, int, float], object] = nothing,
     progress: Progress = QUIET,
+    shards_on: torch.device | None = None,
+    recomputes: bool = False,
 ) -> tuple[TrainingResult, dict[str, Any]]:
     """Train a model in place. Returns the strategy's result, and the record of the training for ``llmpruner.json``.
+    ``predictions``, ``shards_on`` and ``recomputes``: see `RecoveryJob`.
 
     Where ``work_dir`` has the state of the same training, it goes on from there; delete it once the result is saved.
     In several processes, all call this with the same arguments, and each has the result. Raises `OutputError` where
@@ -218,17 +137,18 @@ def train(
     about = {
         "strategy": strategy.name,
         "strategy_settings": strategy.record(),
-        "settings": settings.model_dump(mode="json", exclude={"data", "strategy", "limit", "settings"}),
+        "settings": settings.model_dump(mode="json", exclude={"data", "strategy", "limit", "settings", "sharded"}),
         "fingerprint": hashlib.sha256(json.dumps([data.rows, data.validation]).encode()).hexdigest(),
     }
-    ranks.from_first(lambda: _claim(work_dir, {**about, "processes": ranks.count, "model": _sampled(model)}))
+    execution = {"processes": ranks.count, "sharded": shards_on is not None, "beside": predictions is None}
+    ranks.from_first(lambda: _claim(work_dir, {**about, **execution, "model": _sampled(model)}))
     if checkpoint := latest_checkpoint(work_dir):
         progress.status(f"continuing the training from {checkpoint}")
     validations: list[dict[str, Any]] = []
 
     @functools.cache
     def teacher() -> PreTrainedModel:
-        return load_teacher().to(model.device).eval().requires_grad_(False)
+        return load_teacher().to(shards_on or model.device).eval().requires_grad_(False)
 
     def on_validation(step: int, loss: float, error: float) -> None:
         validations.append({"step": step, "loss": loss, "error": error})
@@ -236,7 +156,7 @@ def train(
 
     job = RecoveryJob(
         model, loaded.tokenizer, data.rows, data.validation, loaded.graph, settings, work_dir, teacher, predictions,
-        on_step, on_validation,
+        shards_on, recomputes, on_step, on_validation,
     )  # fmt: skip
     with writing(work_dir), ranks.noticing():
         result = strategy.train(job)
@@ -260,8 +180,7 @@ def train(
 
 def _claim(work_dir: Path, identity: dict[str, Any]) -> None:
     """Create ``work_dir`` for this job. Raises `OutputError` where it has a checkpoint of another."""
-    file = work_dir / _JOB_FILE
-    kept = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    file, kept = work_dir / JOB_FILE, _recorded(work_dir)
     changed = [key for key, value in identity.items() if kept.get(key) != value]
     if changed and any(work_dir.glob("checkpoint-*")):
         raise OutputError(
@@ -270,6 +189,12 @@ def _claim(work_dir: Path, identity: dict[str, Any]) -> None:
         )
     work_dir.mkdir(parents=True, exist_ok=True)
     write_text(file, json.dumps(identity, indent=2) + "\n")
+
+
+def _recorded(work_dir: Path) -> dict[str, Any]:
+    """What `_claim` wrote."""
+    file = work_dir / JOB_FILE
+    return dict(read_json(file)) if file.is_file() else {}
 
 
 def _sampled(model: PreTrainedModel) -> str:

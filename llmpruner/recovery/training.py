@@ -32,6 +32,7 @@ from ..settings import RecoverSettings
 from .base import RecoveryJob, TrainingResult, best_step
 from .losses import Batch, Loss, by_length, next_token_loss, trained_tokens
 from .precision import as_saved, in_float32
+from .sharding import load_shards, save_shards
 
 
 def fit(model: Any, job: RecoveryJob, loss: Loss | None = None) -> TrainingResult:
@@ -60,11 +61,16 @@ def fit(model: Any, job: RecoveryJob, loss: Loss | None = None) -> TrainingResul
     try:
         if use_cache:
             model.config.use_cache = False
-        with quiet_transformers(), in_float32(model, job) as (autocast, widened):
-            losses = _Training(model, job, loss or next_token_loss, autocast, widened).run()
+        with quiet_transformers(), in_float32(model, job) as (trained, autocast, widened):
+            # Weights that autocast converts are kept with the activations; shards would be of little use.
+            if (job.recomputes or (autocast and job.shards_on is not None)) and model.supports_gradient_checkpointing:
+                trained.activation_checkpointing_enable({"use_reentrant": False})
+            losses = _Training(trained, job, loss or next_token_loss, autocast, widened).run()
     finally:
         if use_cache:
             model.config.use_cache = use_cache
+        if job.recomputes:
+            model.activation_checkpointing_disable()
         model.eval()
     return TrainingResult(model, tuple(losses), sum(p.numel() for p in model.parameters() if p.requires_grad))
 
@@ -93,22 +99,26 @@ class _Training:
         self.steps, self.minutes = planned_steps(settings, len(job.examples)), settings.minutes
         self.trained, self.peak = self.steps * settings.batch_size, settings.learning_rate
         # Not accelerate's, which converts all logits to float32 and does not reach a second model in the loss.
-        self.precision = partial(autocast_to, model.device.type, torch.bfloat16, enabled=autocast)
+        self.precision = partial(
+            autocast_to, model.device.type, torch.bfloat16, enabled=autocast, caches=job.shards_on is None
+        )
         self.state, self.began = _State(), time.monotonic()
         set_seed(settings.seed)
         self.accelerator = _accelerator(model.device, settings.seed)
         part = settings.batch_size // self.accelerator.num_processes
         micro = max(size for size in range(1, min(settings.micro_batch_size, part) + 1) if part % size == 0)
         self.accumulated = part // micro
-        self.collate = DataCollatorForSeq2Seq(with_padding(job.tokenizer, job.model), label_pad_token_id=IGNORED)
+        self.collate = DataCollatorForSeq2Seq(with_padding(job.tokenizer, model), label_pad_token_id=IGNORED)
         examples: Any = job.examples
-        self.wrapped, self.optimizer, self.loader = self.accelerator.prepare(
+        self.loader = self.accelerator.prepare(DataLoader(examples, micro, shuffle=True, collate_fn=self.collate))
+        self.wrapped, self.optimizer = (
             model,
             torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], weight_decay=0.0, fused=True),
-            DataLoader(examples, micro, shuffle=True, collate_fn=self.collate),
         )
-        self.accelerator.register_save_state_pre_hook(self.select_weights)
-        self.accelerator.register_load_state_pre_hook(self.load_weights)
+        if job.shards_on is None:
+            self.wrapped, self.optimizer = self.accelerator.prepare(model, self.optimizer)
+            self.accelerator.register_save_state_pre_hook(self.select_weights)
+            self.accelerator.register_load_state_pre_hook(self.load_weights)
 
     def run(self) -> list[float]:
         """Train, and leave the model with the weights of the lowest held-out loss. Returns the loss of each step."""
@@ -134,8 +144,10 @@ class _Training:
         # Nothing is saved at the end, which is the result.
         self.validate()
         best = best_step(state.validations)
-        if best != state.step:
+        if best != state.step and self.job.shards_on is None:
             self.load_weights([], self.folder(best))
+        elif best != state.step:
+            load_shards(self.folder(best), self.model)
         return state.losses
 
     def batches(self) -> Iterator[list[Batch]]:
@@ -161,7 +173,9 @@ class _Training:
         losses = []
         for batch in batches:
             with nullcontext() if batch is batches[-1] else self.accelerator.no_sync(self.wrapped):
-                parts = by_length({name: value.to(self.model.device) for name, value in batch.items()})
+                batch_here = {name: value.to(self.model.device) for name, value in batch.items()}
+                # Shards are gathered by all processes, which must call the model equally often.
+                parts = by_length(batch_here) if self.job.shards_on is None else [batch_here]
                 with self.precision():
                     loss = sum(self.loss(self.wrapped, part) * trained_tokens(part) for part in parts) * weight
                 self.accelerator.backward(loss)
@@ -211,14 +225,16 @@ class _Training:
         began, state = time.monotonic(), self.state
         rows = [self.collate([row]) for row in self.job.validation]
         counts = [trained_tokens(row) for row in rows]
-        mine = range(self.accelerator.process_index, len(rows), self.accelerator.num_processes)
+        processes = self.accelerator.num_processes
+        # All call the model equally often, see `step`.
+        mine = range(self.accelerator.process_index, math.ceil(len(rows) / processes) * processes, processes)
         self.model.eval()
         losses = []
         with as_saved(self.model, self.widened), self.precision():
             for n in mine:
-                mean = self.loss(self.model, rows[n].to(self.model.device))
-                losses.append((n, counts[n] * float(mean)))
-        sums = [loss for _, loss in sorted(gather_object(losses))]
+                mean = self.loss(self.model, rows[n % len(rows)].to(self.model.device))
+                losses.append((n, counts[n % len(rows)] * float(mean)))
+        sums = [loss for _, loss in sorted(gather_object(losses))][: len(rows)]
         state.start = state.start or sums
         loss = _finite(sum(sums) / sum(counts), state.step)
         error = _standard_error([now - then for now, then in zip(sums, state.start, strict=True)], counts)
@@ -231,6 +247,8 @@ class _Training:
         """Write a checkpoint, and delete all others but that of the best weights."""
         folder, best = self.folder(self.state.step), self.folder(best_step(self.state.validations))
         self.accelerator.save_state(folder)
+        if self.job.shards_on is not None:
+            save_shards(folder, self.model, self.optimizer)
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
             self.state.seconds = time.monotonic() - self.began
@@ -242,6 +260,8 @@ class _Training:
         """Go on from a checkpoint, and repeat its validations to the job."""
         self.accelerator.load_state(checkpoint)
         self.state = _State(**json.loads((checkpoint / "state.json").read_text(encoding="utf-8")))
+        if self.job.shards_on is not None:
+            load_shards(checkpoint, self.model, self.optimizer if self.state.step else None)
         self.began = time.monotonic() - self.state.seconds
         for validation in self.state.validations:
             self.job.on_validation(*validation.values())

@@ -63,7 +63,7 @@ def test_text_of_the_dense_model_is_written_with_the_adapter(one, catalog, tmp_p
     llmpruner.prune(one, ratio=0.2, importance="l1", compensate="none", output=tmp_path / "pruned")
     wrote = []
     monkeypatch.setattr(
-        "llmpruner.recovery.recover.write_examples",
+        "llmpruner.recovery.dense.write_examples",
         lambda own, dense, *_: wrote.append(logits(dense.network, IDS)) or [Completion("The fox jumps over it. " * 4)],
     )
     training = {"max_steps": 2, "batch_size": 2, "micro_batch_size": 2}

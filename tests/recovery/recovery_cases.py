@@ -48,8 +48,9 @@ def model_of(model, graph=None):
 
 
 def train_tiny(
-    folder, strategy, pruned=None, *, load_teacher=None, predictions=lambda rows: None, on_step=nothing, **changes
-):
+    folder, strategy, pruned=None, *, load_teacher=None, predictions=lambda rows: None, on_step=nothing,
+    recomputes=False, **changes,
+):  # fmt: skip
     """The result of a training in ``folder``, with its ``record``. ``changes``: of `SETTINGS`."""
     folder.mkdir(exist_ok=True)
     settings = RecoverSettings(data=write_lines(folder / "data.jsonl"), **{**SETTINGS, **changes})
@@ -58,6 +59,6 @@ def train_tiny(
     teacher = load_teacher or (lambda: copy.deepcopy(dense_model(loaded.network.dtype)))
     result, record = train(
         loaded, RecoverySetup(settings, strategy), data, folder / "work", teacher,
-        predictions([*data.rows, *data.validation]), on_step=on_step,
+        predictions([*data.rows, *data.validation]), on_step=on_step, recomputes=recomputes,
     )  # fmt: skip
     return SimpleNamespace(**vars(result), record=record)

@@ -198,7 +198,7 @@ def test_a_killed_training_does_not_read_the_dense_model_again(home, tmp_path, m
         recover(home, tmp_path / "out", progress=StopAt("Recovering, step 9"))
     (files := list((tmp_path / "out.recovery").glob("predictions-*"))) and files[0].touch()
     with monkeypatch.context() as patch:
-        patch.setattr("llmpruner.recovery.recover.load_model", lambda *_: pytest.fail("loaded"))
+        patch.setattr("llmpruner.recovery.dense.load_model", lambda *_: pytest.fail("loaded"))
         again = recover(home, tmp_path / "out")
     assert files and not (tmp_path / "out.recovery").exists()
     assert again.record["recovery"][0]["losses"] == whole.record["recovery"][0]["losses"]
@@ -214,8 +214,7 @@ def test_the_dense_model_stays_where_rows_are_read_once_and_both_fit(home, tmp_p
     said = {"once": Said(), "twice": Said(), "little memory": Said()}
     recover(home, tmp_path / "once", said["once"], max_steps=None, epochs=1)
     recover(home, tmp_path / "twice", said["twice"], max_steps=None, epochs=2)
-    graph = llmpruner.discover(home / "pruned").graph
-    monkeypatch.setattr("llmpruner.recovery.recover.total_memory", lambda _: 16 * graph.total_parameters + 1000)
+    monkeypatch.setattr("llmpruner.recovery.forecast.free_memory", lambda _: 0)
     recover(home, tmp_path / "little", said["little memory"], max_steps=None, epochs=1)
     kept_lines = {name: [line for line in each.lines if "predictions" in line] for name, each in said.items()}
     assert not kept_lines["once"]
@@ -226,8 +225,8 @@ def test_the_dense_model_stays_where_rows_are_read_once_and_both_fit(home, tmp_p
 
 def test_without_memory_for_the_dense_model_its_layers_are_read_one_by_one(home, tmp_path, monkeypatch):
     expected = recover(home, tmp_path / "resident").record["recovery"][0]
-    monkeypatch.setattr("llmpruner.recovery.recover.free_memory", lambda _: 0)
-    monkeypatch.setattr("llmpruner.recovery.recover.load_model", lambda *_: pytest.fail("loaded"))
+    monkeypatch.setattr("llmpruner.recovery.dense.free_memory", lambda _: 0)
+    monkeypatch.setattr("llmpruner.recovery.dense.load_model", lambda *_: pytest.fail("loaded"))
     said = Said()
     found = recover(home, tmp_path / "streamed", said).record["recovery"][0]
     assert any(line.endswith("dense is read layer by layer") for line in said.lines)

@@ -38,12 +38,12 @@ def recover(home, **options):
     """The result, and what was said of the strategy."""
     said, values = Said(), {"data": str(home / "data.jsonl"), "output": home / "out", **TRAINING, **options}
     made = llmpruner.recover(str(home / "pruned"), progress=said, **values)
-    return made, next(line for line in said.lines if "strategy " in line)
+    return made, next(line for line in said.lines if "; strategy " in line)
 
 
 def test_distillation_where_the_dense_model_is_there(home):
     made, line = recover(home)
-    assert made.record["recovery"][0]["strategy"] == "distil" and "strategy distil: at least " in line
+    assert made.record["recovery"][0]["strategy"] == "distil" and "; strategy distil: about " in line
     assert sorted(path.name for path in home.iterdir()) == ["data.jsonl", "dense", "out", "pruned"]
     assert {"run.json", "model.safetensors"} <= {path.name for path in (home / "out").iterdir()}
     assert len(llmpruner.discover(home / "out").record["recovery"]) == 1

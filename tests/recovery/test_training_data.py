@@ -211,7 +211,7 @@ def test_an_interrupted_job_goes_on_with_the_same_rows(home, tmp_path, monkeypat
     rows = rows_in(tmp_path / "work")
     # Nothing is written, and the dense model is not loaded.
     with monkeypatch.context() as patch:
-        patch.setattr("llmpruner.recovery.recover.load_model", lambda *_, **__: pytest.fail("loaded"))
+        patch.setattr("llmpruner.recovery.dense.load_model", lambda *_, **__: pytest.fail("loaded"))
         recover(home, tmp_path / "again", work_dir=tmp_path / "work")
     with pytest.raises(OutputError, match="state of another recovery"):
         recover(home, tmp_path / "other", work_dir=tmp_path / "work", seed=3)
