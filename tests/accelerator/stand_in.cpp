@@ -17,6 +17,7 @@
 #include <torch/library.h>
 
 #include <array>
+#include <mutex>
 #include <unordered_set>
 #include <utility>
 #include <vector>
@@ -47,10 +48,12 @@ struct Memory {
   size_t live = 0, peak = 0, total = size_t(1) << 40;
 };
 std::array<Memory, COUNT> memories;
+std::mutex counting;  // autograd has a thread for each device
 thread_local DeviceIndex current = 0;
 bool has_float64 = true;
 
 void count(DeviceIndex index, size_t bytes) {
+  std::lock_guard<std::mutex> alone(counting);
   Memory& memory = memories[index];
   TORCH_CHECK_WITH(OutOfMemoryError, memory.live + bytes <= memory.total, "standin out of memory: tried to allocate ",
                    bytes, " bytes, ", memory.total - memory.live, " of ", memory.total, " are free");
@@ -71,7 +74,10 @@ struct On {
 struct Owned {
   Owned(DeviceIndex index, size_t bytes) : index(index), bytes(bytes) { count(index, bytes); }
   ~Owned() {
-    memories[index].live -= bytes;
+    {
+      std::lock_guard<std::mutex> alone(counting);
+      memories[index].live -= bytes;
+    }
     if (memory != nullptr) c10::free_cpu(memory);
   }
   DeviceIndex index;
