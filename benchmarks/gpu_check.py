@@ -10,10 +10,12 @@ give the same losses. Prints the results as JSON; `RESULTS` is where those of a 
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import tempfile
 import time
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -44,17 +46,23 @@ def main() -> None:
         model, text = Path(folder) / "model", Path(folder) / "text.txt"
         write_model("tiny", model, torch.float32)
         # What a model writes differs between devices, so that the text comes from a file.
-        text.write_text(Path(__file__).read_text(encoding="utf-8") * 20, encoding="utf-8")
+        source = Path(__file__).read_text(encoding="utf-8")
+        text.write_text(source * 20, encoding="utf-8")
+        data = Path(folder) / "rows.jsonl"
+        data.write_text(
+            "".join(json.dumps({"text": line}) + "\n" for line in source.splitlines() if line.strip()), encoding="utf-8"
+        )
         rows = {method: of_method(model, text, method, device) for method in METHODS}
         rows["layer by layer"] = streamed(model, text, device)
         pruned = Path(folder) / "pruned"
         llmpruner.prune(
             model, ratio=0.2, method="fast", calibration=text, output=pruned, load=LoadSettings(device="cpu")
         )
-        rows |= {strategy: of_strategy(pruned, text, strategy, device) for strategy in STRATEGIES}
-        rows["evaluate"] = evaluated(model, pruned, text, device)
+        rows |= {strategy: of_strategy(pruned, data, strategy, device) for strategy in STRATEGIES}
+        rows["evaluate"] = evaluated(model, pruned, device)
         speed = llmpruner.bench([model, pruned], prompt=128, new=16, load=LoadSettings(device=device))
-    found = {"machine": machine(), "device": named(torch.device(device)), "checks": rows, "speed": str(speed)}
+    where = {"machine": machine(), "device": named(torch.device(device))}
+    found = {**where, "checks": rows, "speed": asdict(speed)["cases"]}
     print(as_json(found))
     if device != "cpu":
         RESULTS.write_text(as_json(found))
@@ -86,7 +94,8 @@ def streamed(model: Path, text: Path, device: str) -> dict[str, Any]:
     weights: list[Mapping[str, torch.Tensor]] = []
     row: dict[str, Any] = {}
     module: Any = torch.get_device_module(device)
-    for limit in (None, 170 << 20):
+    limit = None
+    for way in ("in memory", "layer by layer"):
         with tempfile.TemporaryDirectory() as folder:
             output, run = Path(folder) / "pruned", RunSettings(max_memory=limit)
             getattr(module, "reset_peak_memory_stats", int)()  # mps counts none
@@ -95,22 +104,21 @@ def streamed(model: Path, text: Path, device: str) -> dict[str, Any]:
                 load=LoadSettings(device=device), **TEXT,
             )  # fmt: skip
             assert pruned.outcome and pruned.outcome.forecast
-            row["streamed" if limit else "in memory"] = {
-                "forecast": pruned.outcome.forecast,
-                "peak": getattr(module, "max_memory_allocated", int)(),
-            }
+            forecast = pruned.outcome.forecast
+            row[way] = {"forecast": forecast, "peak": getattr(module, "max_memory_allocated", int)()}
             weights.append(load_pruned(output).state_dict())
+        limit = (forecast["device_memory"] or forecast["memory"]) * 9 // 10
     row["difference"] = max(float((weights[1][name] - w).abs().max()) for name, w in weights[0].items())
     return row
 
 
-def of_strategy(pruned: Path, text: Path, strategy: str, device: str) -> dict[str, Any]:
+def of_strategy(pruned: Path, data: Path, strategy: str, device: str) -> dict[str, Any]:
     losses, seconds = [], []
     for where in ("cpu", device):
         with tempfile.TemporaryDirectory() as folder:
             started = time.monotonic()
             model = llmpruner.recover(
-                pruned, data=text, strategy=strategy, limit=64, epochs=3, batch_size=8, cutoff=128, validation=8,
+                pruned, data=data, strategy=strategy, epochs=3, batch_size=8, cutoff=128, validation=8,
                 work_dir=folder, load=LoadSettings(device=where),
             )  # fmt: skip
             seconds.append(round(time.monotonic() - started, 2))
@@ -120,13 +128,13 @@ def of_strategy(pruned: Path, text: Path, strategy: str, device: str) -> dict[st
     return {"seconds": seconds, "held-out losses": losses, "difference": difference}
 
 
-def evaluated(model: Path, pruned: Path, text: Path, device: str) -> dict[str, Any]:
+def evaluated(model: Path, pruned: Path, device: str) -> dict[str, Any]:
     results = []
     for where in ("cpu", device):
         load = LoadSettings(device=where)
-        first, second = llmpruner.evaluate([model, pruned], perplexity=text, kl=True, limit=32, load=load)
+        first, second = llmpruner.evaluate([model, pruned], perplexity=__file__, kl=True, load=load)
         assert first.perplexity and second.perplexity
-        results.append([first.perplexity.value, second.perplexity.value])
+        results.append([first.perplexity, second.perplexity])
         llmpruner.generate(pruned, "import torch", max_new_tokens=16, load=load)
     difference = max(abs(math.log(ours / theirs)) for ours, theirs in zip(*results, strict=True))
     return {"perplexities": results, "difference": difference}
