@@ -103,7 +103,8 @@ class RunSettings(Settings):
 
     max_memory: ByteSize | None = option(None, _MACHINE, gt=0)
     """Memory that the command may take: 4GiB, 500MB. A model that does not fit is read from its files layer by layer;
-    what cannot fit is refused beforehand. By default, weights may take half of the free memory."""
+    what cannot fit is refused beforehand. By default, weights may take half of the free memory, and on an accelerator
+    the whole run all of it."""
     restart: bool = option(False, _MACHINE)
     """Start anew instead of continuing an interrupted run of the same command."""
 

@@ -37,8 +37,8 @@ from ..values import bytes_text, counted
 
 Row = Mapping[str, list[int]]  # as in base.py, which names `Predictions`
 TOP, DRAWN = 32, 96
-"""So the gradient of a batch of 2,048 tokens is off by 1 %; see docs/tried.md for others."""
-STORED = torch.float16  # of probabilities, whose rounding changes nothing next to that
+"""Of tokens, for each trained one: the likeliest, whose probabilities are exact, and the draws from the rest."""
+STORED = torch.float16  # of probabilities
 _SHARD = 64
 """Rows of a file, after which a pass that was killed goes on."""
 _LOGITS = 1 << 26  # computed at once: 256 MiB in float32
