@@ -24,7 +24,7 @@ from .quality import C4_JUDGED, CODE
 
 RESULTS = Path(__file__).parent / "results" / "distillation.json"
 DOCUMENTS, ANSWERS = 30, slice(500, 530)
-"""About 48 rows of 256 tokens to train on, and 8 that are held out."""
+"""78 rows of 256 tokens to train on, and 8 that are held out."""
 TRAINING = {"epochs": 3, "batch_size": 4, "cutoff": 256, "validation": 8, "learning_rate": 1e-4}
 WAYS = ("beside", "read once")
 TOKENS = 2048
