@@ -28,7 +28,7 @@ from .pruning.job import Job, PruneJob, ReplayJob
 from .pruning.quality import compared, dense_predictions
 from .pruning.saving import cut_model, outcome_of, plan_of, with_outcome
 from .pruning.selection import choose
-from .pruning.workspace import opened, resumable, saved, several
+from .pruning.workspace import opened, resumable, saved, several, together
 from .settings import RunSettings
 from .structure.outcome import Outcome
 from .structure.plan import PruningPlan
@@ -108,14 +108,32 @@ def prune_each(
     source: Reference | Structure, jobs: Mapping[str, PruneJob], output: Path, opener: Opener, run: RunSettings
 ) -> list[Structure]:
     """`prune` by each of ``jobs``, which differ in the ratio alone, into the folder of ``output`` that is its key. Text
-    and scores are made once. A run that goes on keeps the folders that are finished."""
+    and scores are made once, and one run of the dense model serves all fits. A run that goes on keeps the folders that
+    are finished."""
     structure = opener.structure(source)
     for job in jobs.values():
         check_job(job, structure, opener)
     with several(jobs, structure, opener, run, output) as (shared, unfinished):
-        for name in unfinished:
-            prune(structure, jobs[name], output / name, opener, run, shared)
+        run = run.model_copy(update={"restart": False})  # from now on, what is there is of this run
+        if len(unfinished) > 1 and all(job.compensation.repairs_each for job in jobs.values()):
+            compensate_each(structure, unfinished, output, opener, run, shared)
+        for name, job in unfinished.items():
+            opener.progress.status(f"ratio {name}")
+            prune(structure, job, output / name, opener, run, shared)
     return [opener.structure(output / name) for name in jobs if (output / name).is_dir()]
+
+
+def compensate_each(
+    structure: Structure, jobs: Mapping[str, PruneJob], output: Path, opener: Opener, run: RunSettings, shared: Journal
+) -> None:
+    """Do what `prune` of each of ``jobs`` does up to the cut, and keep it where that finds it."""
+    with together(jobs, structure, opener, run, output, shared) as (model, executions):
+        tasks = []
+        for job, execution in zip(jobs.values(), executions.values(), strict=True):
+            text = calibrate(model, job, execution)
+            plan = select(model, job, text, execution)
+            tasks.append(RepairTask(model.network, model.graph, plan.kept, text, execution))
+        job.compensation.repair_each(tasks)
 
 
 def plan(source: Source | Reference, job: PruneJob, opener: Opener, run: RunSettings) -> tuple[PruningPlan, Outcome]:

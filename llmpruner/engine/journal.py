@@ -33,13 +33,19 @@ class Journal:
         self._written, self._took = time.monotonic(), 0.4  # a guess, until states were written once
 
     @contextmanager
-    def running(self, progress: Progress = QUIET, *, anew: bool = False) -> Iterator[None]:
-        """While active, the folder is locked. It stays if the run is interrupted, or can't write its result. ``anew``:
-        remove what an earlier run left. Raises `OutputError` where another run works, or left results."""
+    def locked(self, *, anew: bool = False) -> Iterator[None]:
+        """While active, the folder is there and locked. ``anew``: remove what an earlier run left. Raises `OutputError`
+        where another run works, or left results."""
         with ExitStack() as stack:
             self._ranks.from_first(lambda: self._enter(stack, anew))
             with writing(self.folder):
                 self.folder.mkdir(parents=True, exist_ok=True)  # where other processes have another file system
+            yield
+
+    @contextmanager
+    def running(self, progress: Progress = QUIET, *, anew: bool = False) -> Iterator[None]:
+        """`locked`; then the folder is removed, unless the run is interrupted, or can't write its result."""
+        with self.locked(anew=anew):
             if done := self._done():
                 progress.status(f"continuing the interrupted run in {self.folder}; done: {done}")
             try:
@@ -90,11 +96,11 @@ class Journal:
         if self._ranks.first:
             write_text(self.folder / f"{name}.json", json.dumps(value))
 
-    def keep(self, number: int, weights: Weights, names: Collection[str]) -> None:
-        """Write the changed parameters ``names`` of a layer."""
+    def keep(self, number: int, weights: Weights, names: Collection[str], *, used: bool = True) -> None:
+        """Write the changed parameters ``names`` of a layer. ``used``: as in `Weights.keep`."""
         if self._ranks.first:
             with writing(self.folder):
-                weights.keep(names, self._layer(number))
+                weights.keep(names, self._layer(number), used=used)
 
     def layer_done(self, state: Mapping[str, Any], states: Mapping[str, States]) -> None:
         """Write hidden states and ``state`` (JSON with the number of ``layers`` done), if the last time is long ago."""
@@ -114,6 +120,10 @@ class Journal:
                 old.unlink(missing_ok=True)
         self._written = time.monotonic()
         self._took = self._written - began
+
+    def all_done(self, state: Mapping[str, Any]) -> None:
+        """Write the last ``state``, after which no hidden states are needed."""
+        self.store("state", {**state, "states": [], "processes": self._ranks.count})
 
     def resume(self, weights: Weights) -> tuple[dict[str, Any], dict[str, Path]] | None:
         """The last state and its files of hidden states, if any; weights of finished layers are used from now on."""

@@ -51,8 +51,8 @@ class Weights:
         """The number of the layer that a parameter is in; None outside the layers."""
         return layer_number(name, self.path)
 
-    def keep(self, names: Collection[str], file: Path) -> None:
-        """Write the values of parameters, which were changed in place, to ``file``, and use them from now on."""
+    def keep(self, names: Collection[str], file: Path, *, used: bool = True) -> None:
+        """Write the values of parameters, which were changed in place, to ``file``. ``used``: from now on, too."""
         tensors = {name: self.model.get_parameter(name).detach().contiguous() for name in sorted(names)}
         aside = file.with_suffix(".partial")
         save_file(tensors, aside)
@@ -103,9 +103,10 @@ class StreamedWeights(Weights):
         finally:
             self._leave(number)
 
-    def keep(self, names: Collection[str], file: Path) -> None:
+    def keep(self, names: Collection[str], file: Path, *, used: bool = True) -> None:
         super().keep(names, file)
-        self._kept[self.number(next(iter(names)))] = file
+        if used:
+            self._kept[self.number(next(iter(names)))] = file
 
     def use(self, file: Path) -> None:
         self._kept[self.number(names_in(file)[0])] = file

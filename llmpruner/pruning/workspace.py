@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from tempfile import gettempdir
-from typing import Any
+from typing import Any, TypeVar
 
 from ..discovery.opening import Opener
 from ..engine.execution import Execution
@@ -26,6 +26,8 @@ from .job import Job
 from .saving import save
 
 _LOG = logging.getLogger("llmpruner")
+
+J = TypeVar("J", bound=Job)
 
 
 def opened(
@@ -51,7 +53,7 @@ def resumable(
     if ranks.first and not opener.has_tokenizer(structure):
         _LOG.warning(f"model '{structure.ref}' has no tokenizer, so the pruned model can't read text either")
     opener.say_widened(structure)
-    folder = output.with_name(output.name + ".pruning")
+    folder = _folder(output)
     journal = None
     if not isinstance(structure, Model):  # a model in memory may have been read from anywhere
         journal = Journal(folder, identity(job, structure, opener), ranks)
@@ -90,30 +92,49 @@ def saved(model: Model, output: Path, execution: Execution, command: str, settin
 
 @contextmanager
 def several(
-    jobs: Mapping[str, Job], structure: Structure, opener: Opener, run: RunSettings, output: Path
-) -> Iterator[tuple[Journal, Iterator[str]]]:
-    """For ``jobs`` that differ in the ratio, by folder in ``output``: what they share, and the unfinished folders."""
+    jobs: Mapping[str, J], structure: Structure, opener: Opener, run: RunSettings, output: Path
+) -> Iterator[tuple[Journal, Mapping[str, J]]]:
+    """For ``jobs`` that differ in the ratio, by folder in ``output``: what they share, and those not finished yet."""
     ranks = Ranks.current()
-    folder = output.with_name(output.name + ".pruning")
+    folder = _folder(output)
     if run.restart or not ranks.from_first(folder.is_dir):
         ranks.from_first(lambda: check_new_directory(output))
     journal = Journal(folder, {**identity(next(iter(jobs.values())), structure, opener), "sizes": list(jobs)}, ranks)
-
-    def unfinished() -> Iterator[str]:
-        for name in jobs:
-            finished = ranks.from_first((output / name).exists)
-            opener.progress.status(f"{output / name} is finished" if finished else f"ratio {name}")
-            if not finished:
-                yield name
-
     with journal.running(opener.progress, anew=run.restart):
         if ranks.from_first(lambda: not journal.kept):
             ranks.from_first(lambda: check_new_directory(output))
             journal.store("sizes", list(jobs))  # marks the folders in ``output`` as those of this run
         ranks.from_first(lambda: output.mkdir(exist_ok=True))
+        finished = [name for name in jobs if ranks.from_first((output / name).exists)]
+        for name in finished:
+            opener.progress.status(f"{output / name} is finished")
         try:
-            yield journal, unfinished()
+            yield journal, {name: job for name, job in jobs.items() if name not in finished}
         finally:
             if ranks.first:
                 with suppress(OSError):  # not empty
                     output.rmdir()
+
+
+@contextmanager
+def together(
+    jobs: Mapping[str, Job], structure: Structure, opener: Opener, run: RunSettings, output: Path, shared: Journal
+) -> Iterator[tuple[Model, Mapping[str, Execution]]]:
+    """The model, and how to run it for each of ``jobs``, with the journals from which `resumable` goes on."""
+    ranks, job = Ranks.current(), next(iter(jobs.values()))
+    expected = _expected(job, structure, opener, run, ranks, cuts=True, in_memory=False)
+    ranks.from_first(lambda: check_space(output, len(jobs) * expected.disk, "temporary files and the results"))
+    with ExitStack() as stack:
+        journals = {}
+        for name, each in jobs.items():
+            folder = _folder(output / name)
+            journals[name] = Journal(folder, identity(each, structure, opener), ranks)
+            stack.enter_context(journals[name].locked())
+        model = opener.weights(structure, streamed=expected.streamed, scratch=shared.folder)
+        execution = Execution(model.weights, ranks, progress=opener.progress, shared=shared)
+        yield model, {name: replace(execution, journal=journal) for name, journal in journals.items()}
+
+
+def _folder(output: Path) -> Path:
+    """Where the steps of a run are kept."""
+    return output.with_name(output.name + ".pruning")

@@ -120,10 +120,12 @@ def test_a_refused_run_leaves_no_folder(dense, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_several_ratios_are_single_runs_with_one_text_and_one_scoring(dense, tmp_path, monkeypatch):
-    """Killed in the second of them; a folder that was finished stays."""
+@pytest.mark.parametrize("kinds", ["mlp", "mlp,attention", "mlp,layer", "mlp,hidden"])
+@pytest.mark.parametrize("killed", ["in the walk for all", "in the second ratio"])
+def test_several_ratios_are_single_runs_with_one_text_and_one_scoring(killed, kinds, dense, tmp_path, monkeypatch):
+    """A folder that was finished stays."""
     ratios, out, scored = [0.2, 0.4], tmp_path / "out", []
-    settings = {name: value for name, value in SETTINGS.items() if name != "ratio"}
+    settings = {name: value for name, value in {**SETTINGS, "kinds": kinds}.items() if name != "ratio"}
     for ratio in ratios:
         api.prune(str(dense), output=tmp_path / f"{ratio}", ratio=ratio, **settings)
     estimate = selection.estimate
@@ -134,20 +136,22 @@ def test_several_ratios_are_single_runs_with_one_text_and_one_scoring(dense, tmp
 
         def track(self, items, label):
             self.texts += label == "Writing calibration text"
-            stop = label == "Compensating" and self.stops and (out / "0.2").exists()
+            stop = label == "Compensating" and self.stops and (killed == "in the walk for all" or (out / "0.2").exists())
             return StopAt(label, 1).track(items, label) if stop else items
 
     counted = Counted()
     with pytest.raises(Killed):
         api.prune_each(str(dense), output=out, ratios=ratios, progress=counted, **settings)
-    written = (out / "0.2" / "model.safetensors").stat().st_mtime_ns
+    finished = [file.stat().st_mtime_ns for file in out.glob("0.2/model.safetensors")]
+    assert bool(finished) == (killed == "in the second ratio")
     with pytest.raises(OutputError, match="interrupted run with other settings"):
         api.prune_each(str(dense), output=out, ratios=[0.2, 0.3], **settings)
     counted.stops = False
     results = api.prune_each(str(dense), output=out, ratios=ratios, progress=counted, **settings)
     assert [result.plans[-1].target.amount for result in results] == ratios
-    assert (counted.texts, len(scored)) == (2, 1), "one text to score and fit on, one to compare with"
-    assert (out / "0.2" / "model.safetensors").stat().st_mtime_ns == written
+    texts = 1 if "hidden" in kinds else 2  # one to score and fit on, and one to compare with, if the head stays
+    assert (counted.texts, len(scored)) == (texts, 1)
+    assert not finished or [(out / "0.2" / "model.safetensors").stat().st_mtime_ns] == finished
     for ratio in ratios:
         files = [file for file in (tmp_path / f"{ratio}").iterdir() if file.name != "run.json"]
         assert all(file.read_bytes() == (out / f"{ratio}" / file.name).read_bytes() for file in files) and files

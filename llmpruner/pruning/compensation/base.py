@@ -41,6 +41,8 @@ class Compensation(Component):
     """Whether it needs calibration text."""
     by_layer: ClassVar[bool] = False
     """Whether it looks at weights of a layer only inside ``task.execution.weights.layer``, which may stream them."""
+    repairs_each: ClassVar[bool] = False
+    """Whether it has `repair_each`."""
     changes_readers_alone: ClassVar[bool] = False
     """Whether it changes only weights that read removed units, and biases; ``verify`` then compares all others."""
 
@@ -50,4 +52,9 @@ class Compensation(Component):
     def repair(self, task: RepairTask) -> Sequence[Fit]:
         """Change ``task.model`` in place, and return a fit for each matrix, also where its weights stay. Raises
         `UnsupportedModelError` for a decoder that cannot run, `ModelError` for infinite hidden states."""
+        raise NotImplementedError
+
+    def repair_each(self, tasks: Sequence[RepairTask]) -> None:
+        """Do for each of ``tasks`` what `repair` would, sharing what does not depend on what is kept, and keep it in
+        ``task.execution.journal``, from which `repair` takes it later. Weights end as they were."""
         raise NotImplementedError

@@ -34,6 +34,7 @@ class BiasShift(Compensation):
     name = "bias"
     summary = "the mean contribution of removed units is added to the biases of the weights that read them"
     by_layer = True
+    repairs_each = True
     changes_readers_alone = True
 
     def check(self, graph: CouplingGraph, groups: Sequence[CoupledGroup]) -> None:
@@ -50,6 +51,11 @@ class BiasShift(Compensation):
 
         return repair.repair(task, least_squares.BiasFitter)
 
+    def repair_each(self, tasks: Sequence[RepairTask]) -> None:
+        from . import least_squares, repair
+
+        repair.repair_each(tasks, least_squares.BiasFitter)
+
 
 class Refit(Compensation):
     """Fits every weight matrix that loses inputs again, with its bias, by ridge regression against the dense model
@@ -58,6 +64,7 @@ class Refit(Compensation):
     name = "refit"
     summary = "weights that read removed units are fitted again by least squares against the dense model"
     by_layer = True
+    repairs_each = True
     changes_readers_alone = True
 
     class Settings(ComponentSettings):
@@ -75,3 +82,8 @@ class Refit(Compensation):
         from . import least_squares, repair
 
         return repair.repair(task, least_squares.WeightFitter, mix=self.settings.mix)
+
+    def repair_each(self, tasks: Sequence[RepairTask]) -> None:
+        from . import least_squares, repair
+
+        repair.repair_each(tasks, least_squares.WeightFitter, mix=self.settings.mix)

@@ -168,16 +168,10 @@ def write_all(fitters: Mapping[Matrix, Fitter], ranks: Ranks) -> list[Fit]:
     """`write` of all. The processes share the trials, then the fits, and all get the new weights."""
     for fitter in fitters.values():
         fitter.reduce(ranks)
-    trials = max((fitter.trials for fitter in fitters.values()), default=0)  # the same for all
-    errors = torch.zeros(len(fitters), trials, dtype=torch.float64)
-    for number, fitter in enumerate(fitters.values()):
-        for trial in range(trials):
-            if ranks.owns(number * trials + trial):
-                errors[number, trial] = fitter.error(trial)
-    ranks.sum_([errors])
+    every = _errors(list(fitters.values()), ranks)
     written: dict[Matrix, Fit] = {}
     unsolvable: dict[str, None] = {}
-    for number, ((key, fitter), of_trials) in enumerate(zip(fitters.items(), errors.tolist(), strict=True)):
+    for number, ((key, fitter), of_trials) in enumerate(zip(fitters.items(), every, strict=True)):
         if isinstance(fitter, WeightFitter) and fitter.has_rows and not any(map(isfinite, of_trials[:-1])):
             unsolvable[key[0]] = None
         if ranks.owns(number):
@@ -191,6 +185,31 @@ def write_all(fitters: Mapping[Matrix, Fitter], ranks: Ranks) -> list[Fit]:
         ranks.copy_from(number, [fitter.matrix] if fitter.bias is None else [fitter.matrix, fitter.bias])
     fits = ranks.merged(written)
     return [fits[key] for key in fitters]
+
+
+def _errors(fitters: Sequence[Fitter], ranks: Ranks) -> list[list[float]]:
+    """The `error` of the old weights, and of ridges from the middle one towards the least error, which has one minimum
+    over the ridges; infinite for those that were not tried, as solving takes long. The processes share the trials."""
+    errors = [[inf] * fitter.trials for fitter in fitters]
+    tried = [set[int]() for _ in fitters]
+    while True:
+        tasks = []
+        for number, (of_fitter, done) in enumerate(zip(errors, tried, strict=True)):
+            ridges = range(len(of_fitter) - 1)
+            best = min(ridges, key=of_fitter.__getitem__) if done else len(ridges) // 2
+            # Where none can be solved, all are tried.
+            near = ridges if done and of_fitter[best] == inf else {best - 1, best, best + 1}.intersection(ridges)
+            tasks += [(number, trial) for trial in sorted({*near, *range(len(of_fitter))[-1:]} - done)]
+            done.update(near, range(len(of_fitter))[-1:])
+        if not tasks:
+            return errors
+        found = torch.zeros(len(tasks), dtype=torch.float64)
+        for place, (number, trial) in enumerate(tasks):
+            if ranks.owns(place):
+                found[place] = fitters[number].error(trial)
+        ranks.sum_([found])
+        for (number, trial), error in zip(tasks, found.tolist(), strict=True):
+            errors[number][trial] = error
 
 
 class _Sums:

@@ -21,15 +21,17 @@ each runs its own micro-batches; the first finds c and the order of the matrices
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import astuple, dataclass
 from itertools import groupby
+from typing import Any
 
 import torch
 from torch.nn import functional
 
 from ...engine.boundaries import States
 from ...engine.execution import Execution
+from ...engine.journal import Journal
 from ...engine.products import WatchedProduct, WatchProducts
 from ...engine.walk import ForwardWalk, Stop
 from ...structure.kept import removed_layers
@@ -44,10 +46,27 @@ _DIRECT = 2e-2
 @torch.no_grad()
 def repair(task: RepairTask, fitter: type[Fitter], *, mix: float = 0.0) -> list[Fit]:
     """Fit the weight matrices of ``task.model`` that read removed units, in place. ``mix``: see the module."""
-    assert task.calibration is not None, "a compensation that fits weights reads calibration text"
     execution = task.execution or Execution.of(task.model, task.graph.layers)
     assert execution.journal or not execution.weights.streamed, "changed weights are kept in the journal"
-    return _Repair(task, *ForwardWalk.over(execution, task.calibration), fitter, mix).run()
+    (fits,) = _Walk([task], execution, execution.journal, fitter, mix).run()
+    return fits
+
+
+@torch.no_grad()
+def repair_each(tasks: Sequence[RepairTask], fitter: type[Fitter], *, mix: float = 0.0) -> None:
+    """Do for each of ``tasks``, on one run of the dense model, what `repair` would, and keep it in its journal, from
+    which `repair` takes it. The tasks differ in what is kept and in the journal alone; weights end as they were."""
+    execution = tasks[0].execution
+    assert execution is not None, "with journals"
+    walk = _Walk(tasks, execution, execution.shared, fitter, mix)
+    for task, fits in zip(tasks, walk.run(), strict=True):
+        if task.execution and task.execution.journal:
+            task.execution.journal.all_done(_state(len(walk.walk.layers), [fits]))
+
+
+def _state(layers: int, fits: Sequence[Sequence[Fit]]) -> dict[str, Any]:
+    """What a journal keeps: how many layers are done, and the fits of each task."""
+    return {"layers": layers, "fits": [[astuple(fit) for fit in of_task] for of_task in fits]}
 
 
 @dataclass(frozen=True)
@@ -77,87 +96,129 @@ _Run = tuple[list[WatchedProduct], torch.Tensor | None]
 """Of a layer: copies of the products with the weights of a step, and its output if it ran to the end."""
 
 
-class _Repair:
-    """``dense`` and ``pruned``: h and ĥ before the current layer; the same object as long as no unit was removed."""
+class _Walk:
+    """One run of the dense model, with a `_Repair` beside it for each of ``tasks``. ``dense``: h before the current
+    layer. ``journal``: keeps the hidden states."""
 
-    def __init__(self, task: RepairTask, walk: ForwardWalk, embedded: States, fitter: type[Fitter], mix: float) -> None:
-        self.model, self.graph, self.kept = task.model, task.graph, task.kept
-        self.walk, self.fitter, self.mix, execution = walk, fitter, mix, walk.execution
-        self.weights, self.ranks, self.journal = execution.weights, execution.ranks, execution.journal
-        self.removed_channels = removed_channels(self.graph, self.kept)
-        self.dense = self.pruned = embedded
-        if len(self.removed_channels):
-            self._keep_apart()
-        self.fits: list[Fit] = []
+    def __init__(
+        self, tasks: Sequence[RepairTask], execution: Execution, journal: Journal | None, fitter: type[Fitter],
+        mix: float,
+    ) -> None:  # fmt: skip
+        text = tasks[0].calibration
+        assert text is not None, "a compensation that fits weights reads calibration text"
+        self.walk, self.dense = ForwardWalk.over(execution, text)
+        self.journal = journal
+        self.repairs = [_Repair(task, self.walk, self.dense, fitter, mix, restores=len(tasks) > 1) for task in tasks]
 
-    def run(self) -> list[Fit]:
-        removed = removed_layers(self.graph, self.kept)
-        layers = range(self.graph.num_layers)
-        readers = [readers_of(self.graph, self.kept, number) for number in layers]
-        count = max((number + 1 for number in layers if readers[number]), default=0)
+    def run(self) -> list[list[Fit]]:
+        execution = self.walk.execution
+        layers = range(len(self.walk.layers))
+        count = max((n + 1 for n in layers for each in self.repairs if each.readers[n]), default=0)
         done = self._resume()
-        for number in self.walk.execution.progress.track(range(count), "Compensating"):
+        for number in execution.progress.track(range(count), "Compensating"):
             if number < done:
                 continue
-            with self.weights.layer(number):
-                if number in removed:
-                    self._keep_apart()
-                    self.walk.advance(number, self.dense)
-                elif readers[number]:
-                    self._fit_layer(number, readers[number])
+            with execution.weights.layer(number):
+                for each in self.repairs:
+                    each.begin(number, self.dense)
+                before, after = self.dense, self.dense
+                if any(each.needs_dense for each in self.repairs):
+                    after = before.empty()
+                    for position in range(len(self.walk.calls)):
+                        after.append(self.walk.run(number, position, before))
                 else:
-                    self.walk.advance(number, self.dense)
-                    if self.pruned is not self.dense:
-                        self.walk.advance(number, self.pruned)
+                    self.walk.advance(number, after)
+                for each in self.repairs:
+                    each.end(number, before, after)
+                self.dense = after
             self._record(number)
-        return self.fits
+        return [each.fits for each in self.repairs]
 
     def _resume(self) -> int:
         """The number of layers that an interrupted run finished, whose results are used."""
-        earlier = None if self.journal is None else self.journal.resume(self.weights)
+        earlier = None if self.journal is None else self.journal.resume(self.walk.execution.weights)
         if earlier is None:
             return 0
-        state, states = earlier
-        self.fits = [Fit(*values) for values in state["fits"]]
-        embedded, self.dense = self.dense, self.dense.loaded(states["dense"])
-        self.pruned = embedded.loaded(states["pruned"]) if "pruned" in states else self.dense
+        state, files = earlier
+        embedded = self.dense
+        for number, (each, fits) in enumerate(zip(self.repairs, state["fits"], strict=True)):
+            each.fits = [Fit(*values) for values in fits]
+            each.pruned = embedded.loaded(files[f"pruned-{number}"]) if f"pruned-{number}" in files else None
+        if "dense" in files:
+            self.dense = embedded.loaded(files["dense"])
         return int(state["layers"])
 
     def _record(self, number: int) -> None:
         # A continued run would lack the keys and values that layers have passed on; it fits all layers again.
         if self.journal is not None and not self.walk.form.passes_on:
-            state = {"layers": number + 1, "fits": [astuple(fit) for fit in self.fits]}
-            apart = {} if self.pruned is self.dense else {"pruned": self.pruned}
-            self.journal.layer_done(state, {"dense": self.dense, **apart})
+            pruned = {f"pruned-{n}": each.pruned for n, each in enumerate(self.repairs) if each.pruned is not None}
+            state = _state(number + 1, [each.fits for each in self.repairs])
+            self.journal.layer_done(state, {"dense": self.dense, **pruned})
 
-    def _keep_apart(self) -> None:
+
+class _Repair:
+    """The fits of one task. ``pruned``: ĥ before the current layer; None as long as no unit was removed, when it is h.
+    ``restores``: whether weights get back the values of the dense model after each layer."""
+
+    def __init__(
+        self, task: RepairTask, walk: ForwardWalk, embedded: States, fitter: type[Fitter], mix: float, *, restores: bool
+    ) -> None:
+        self.model, self.graph, self.kept = task.model, task.graph, task.kept
+        self.walk, self.fitter, self.mix, self.restores = walk, fitter, mix, restores
+        self.weights, self.ranks = walk.execution.weights, walk.execution.ranks
+        self.journal = None if task.execution is None else task.execution.journal
+        self.removed_channels = removed_channels(self.graph, self.kept)
+        self.removed_layers = removed_layers(self.graph, self.kept)
+        self.readers = [readers_of(self.graph, self.kept, number) for number in range(self.graph.num_layers)]
+        self.pruned: States | None = None
+        if len(self.removed_channels):
+            self._keep_apart(embedded)
+        self.steps: list[_Step] = []
+        self.fits: list[Fit] = []
+
+    @property
+    def needs_dense(self) -> bool:
+        """Whether `end` reads h before the layer."""
+        return any(step.needs_dense for step in self.steps)
+
+    def _keep_apart(self, dense: States) -> None:
         """Give ``pruned`` hidden states of its own, zero in removed channels of the residual stream."""
-        if self.pruned is self.dense:
-            self.pruned = self.dense.empty(apart=True)
-            for hidden in self.dense:
+        if self.pruned is None:
+            self.pruned = dense.empty(apart=True)
+            for hidden in dense:
                 self.pruned.append(hidden.index_fill(-1, self.removed_channels.to(hidden.device), 0.0))
 
-    def _fit_layer(self, number: int, readers: Mapping[str, Reader]) -> None:
-        """Fit the weights of layer ``number``, and move h and ĥ to after it. Its steps need: ``after``, h after it;
-        ``biases``, weight → name of its bias; ``producers``, the silenced rows; ``original``, weights with copies."""
-        self._keep_apart()
-        steps, self.biases = self.ranks.from_first(lambda: self._steps(number, readers))
-        needs_dense = any(step.needs_dense for step in steps)
-        if needs_dense:
-            self.after = self.dense.empty()
-            for position in range(len(self.walk.calls)):
-                self.after.append(self.walk.run(number, position, self.dense))
-        else:
-            self.after = self.dense
-            self.walk.advance(number, self.after)
+    def begin(self, number: int, dense: States) -> None:
+        """Before h moves to after layer ``number``: find the steps of the layer, if it loses inputs."""
+        self.steps, self.biases = [], dict[str, str]()
+        readers = {} if number in self.removed_layers else self.readers[number]
+        if readers or number in self.removed_layers:
+            self._keep_apart(dense)
+        if readers:
+            self.steps, self.biases = self.ranks.from_first(lambda: self._steps(number, readers, dense))
+
+    def end(self, number: int, dense: States, after: States) -> None:
+        """Move ĥ to after layer ``number``. ``dense``, ``after``: h before the layer, if it is read, and after it."""
+        if self.pruned is None or number in self.removed_layers:
+            return
+        if not self.readers[number]:
+            self.walk.advance(number, self.pruned)
+            return
+        self.dense, self.after = dense, after
+        self._fit_layer(number, self.readers[number], self.pruned)
+        del self.dense, self.after
+
+    def _fit_layer(self, number: int, readers: Mapping[str, Reader], pruned: States) -> None:
+        """Fit the weights of layer ``number``, and move ĥ to after it. Its steps need: ``producers``, the silenced rows;
+        ``original``, weights with copies."""
         self.number, self.producers = number, ProducerRows(self.model, self.graph, self.kept, number)
         changed = dict.fromkeys([*readers, *self.biases.values(), *self.producers.names])
-        parameters = [self.model.get_parameter(name) for name in changed] if needs_dense else []
-        self.original = [(p, p.detach().clone()) for p in parameters]
+        copied = changed if self.needs_dense or self.restores else ()
+        self.original = [(p, p.detach().clone()) for p in map(self.model.get_parameter, copied)]
         self.producers.zero()
         moved = False
-        for step in steps:
-            moved = self._fit(step)
+        for step in self.steps:
+            moved = self._fit(step, pruned)
         for reader in readers.values():
             # Experts that no token was routed to, and weights in products that are not observed, were not fitted.
             parameter = self.model.get_parameter(reader.parameter).data
@@ -167,13 +228,16 @@ class _Repair:
         fitted = {fit.parameter for fit in self.fits}
         self.fits += [Fit(name, None, 0, None) for name in readers if name not in fitted]
         if not moved:
-            self.walk.advance(number, self.pruned)
-        self.dense = self.after
-        del self.producers, self.original  # they keep weights of this layer in memory
+            self.walk.advance(number, pruned)
         if self.journal is not None:
-            self.journal.keep(number, self.weights, changed)
+            self.journal.keep(number, self.weights, changed, used=not self.restores)
+        if self.restores:
+            self._swap_weights()
+        del self.producers, self.original  # they keep weights of this layer in memory
 
-    def _steps(self, number: int, readers: Mapping[str, Reader]) -> tuple[list[_Step], dict[str, str]]:
+    def _steps(
+        self, number: int, readers: Mapping[str, Reader], dense: States
+    ) -> tuple[list[_Step], dict[str, str]]:
         """The steps of layer ``number`` in order, and weight → bias. c is a least-squares solution, see `_DIRECT`."""
         uses: dict[str, WatchedProduct] = {}
         outputs: list[torch.Tensor] = []
@@ -189,7 +253,7 @@ class _Repair:
         factor: float | None = None
         writers = stream_writers(self.graph, number)
         with WatchProducts(self.model, [*readers, *writers], seen):
-            change = (self.walk.run(number, 0, self.dense) - self.dense[0]).flatten(0, -2)
+            change = (self.walk.run(number, 0, dense) - dense[0]).flatten(0, -2)
         if outputs and all(part.shape == change.shape for part in outputs):
             total = torch.stack(outputs).sum(0)
             solution = float((change * total).sum() / total.square().sum().clamp_min(1e-30))
@@ -208,18 +272,18 @@ class _Repair:
                 biases[use.parameter] = name
         return steps, biases
 
-    def _fit(self, step: _Step) -> bool:
+    def _fit(self, step: _Step, pruned: States) -> bool:
         """Fit the weights of one step. Returns whether ĥ was moved to after the layer, as it is by a simple step."""
         fitters: dict[Matrix, Fitter] = {}
-        simple, inputs = step.is_simple, self.pruned.empty()
+        simple, inputs = step.is_simple, pruned.empty()
         for position in range(len(self.walk.calls)):
-            (uses, output), (uncut_uses, uncut_output), dense = self._observe(step, position)
+            (uses, output), (uncut_uses, uncut_output), dense = self._observe(step, position, pruned)
             for use, uncut_use in zip(uses, uncut_uses, strict=True):
                 reader, key = step.readers[use.parameter], (use.parameter, use.slot)
                 if reader.from_stream and use.slot is not None:
                     # Other tokens are routed to the expert in the dense model, so rows do not correspond.
                     continue
-                target = self._target(step, position, uncut_output, uncut_use, dense.get(key))
+                target = self._target(step, position, pruned, uncut_output, uncut_use, dense.get(key))
                 if key not in fitters:
                     fitters[key] = self._fitter(step, *key)
                 fitters[key].add(use, target)
@@ -227,7 +291,7 @@ class _Repair:
             if simple:
                 assert output is not None and step.factor is not None, "simple steps are last"
                 (use,) = uses
-                self.pruned[position] = output - step.factor * use.outputs.float().view_as(output)
+                pruned[position] = output - step.factor * use.outputs.float().view_as(output)
                 inputs.append(use.inputs.index_select(1, step.readers[use.parameter].kept.to(use.inputs.device)))
         # A process may have no tokens for an expert.
         every = self.ranks.merged(dict.fromkeys(fitters))
@@ -236,28 +300,30 @@ class _Repair:
         self.producers.zero()
         if simple:
             (fitter,) = fitters.values()
-            self._add_outputs(step, fitter, inputs)
+            self._add_outputs(step, fitter, pruned, inputs)
         return simple
 
-    def _add_outputs(self, step: _Step, fitter: Fitter, inputs: States) -> None:
+    def _add_outputs(self, step: _Step, fitter: Fitter, pruned: States, inputs: States) -> None:
         """Add c times the outputs of the fitted matrix to ĥ. ``inputs``: its kept ones, whose dtype the product has."""
         assert step.factor is not None, "simple steps are additive"
         weight, bias = fitter.matrix.index_select(1, fitter.kept), fitter.bias
         for position, part in enumerate(inputs):
-            rest, dtype = self.pruned[position], part.dtype
+            rest, dtype = pruned[position], part.dtype
             outputs = functional.linear(part, weight.to(dtype), None if bias is None else bias.to(dtype)).float()
-            self.pruned[position] = rest + step.factor * outputs.view_as(rest)
+            pruned[position] = rest + step.factor * outputs.view_as(rest)
 
-    def _observe(self, step: _Step, position: int) -> tuple[_Run, _Run, dict[Matrix, torch.Tensor]]:
+    def _observe(
+        self, step: _Step, position: int, states: States
+    ) -> tuple[_Run, _Run, dict[Matrix, torch.Tensor]]:
         """Run the layer on ĥ, with removed units silenced, and uncut; and the dense layer where targets need it."""
         uncut: _Run | None = None
         if any(reader.normed for reader in step.readers.values()):
             # Removed units are silenced where they are produced, so that targets need another run. It comes first, as
             # later layers read the keys and values that the last run passes on.
             self.producers.restore()
-            uncut = self._run(step, position, self.pruned, whole=step.last)
+            uncut = self._run(step, position, states, whole=step.last)
             self.producers.zero()
-        pruned = self._run(step, position, self.pruned, whole=step.last)
+        pruned = self._run(step, position, states, whole=step.last)
         if not step.needs_dense:
             return pruned, uncut or pruned, {}
         self._swap_weights()
@@ -281,8 +347,9 @@ class _Repair:
         return uses, output
 
     def _target(
-        self, step: _Step, position: int, uncut: torch.Tensor | None, use: WatchedProduct, dense: torch.Tensor | None
-    ) -> torch.Tensor:
+        self, step: _Step, position: int, pruned: States, uncut: torch.Tensor | None, use: WatchedProduct,
+        dense: torch.Tensor | None,
+    ) -> torch.Tensor:  # fmt: skip
         """The target (tokens, out), float32, see the module. ``use``: the product that y is of; ``dense``: y_dense."""
         outputs = use.outputs.float()
         if step.readers[use.parameter].from_stream:
@@ -296,7 +363,7 @@ class _Repair:
         else:
             assert dense is not None
             before = self.dense[position]
-            difference = before - self.pruned[position] + step.factor * (dense - outputs).view_as(before)
+            difference = before - pruned[position] + step.factor * (dense - outputs).view_as(before)
         # Differences in removed channels of the residual stream cannot be compensated.
         difference = difference.index_fill(-1, self.removed_channels.to(difference.device), 0.0)
         return outputs + self.mix / step.factor * difference.flatten(0, -2)
