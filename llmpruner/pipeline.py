@@ -57,7 +57,7 @@ def calibrate(model: Model, job: Job, execution: Execution) -> CalibrationSet | 
     if text is None:
         return None
     with execution.stages.stage("calibration text"), model.weights.outside():
-        return text.sample("calibration", model, execution, text.samples, job.seed)
+        return text.sample(model, execution, job.seed)
 
 
 def select(model: Model, job: Job, text: CalibrationSet | None, execution: Execution) -> PruningPlan:
@@ -115,8 +115,8 @@ def prune_each(
         check_job(job, structure, opener)
     with several(jobs, structure, opener, run, output) as (shared, unfinished):
         run = run.model_copy(update={"restart": False})  # from now on, what is there is of this run
-        if len(unfinished) > 1 and all(job.compensation.repairs_each for job in jobs.values()):
-            compensate_each(structure, unfinished, output, opener, run, shared)
+        if next(iter(jobs.values())).compensation.repairs_each:
+            recalled(shared, "compensated", lambda: compensate_each(structure, jobs, output, opener, run, shared))
         for name, job in unfinished.items():
             opener.progress.status(f"ratio {name}")
             prune(structure, job, output / name, opener, run, shared)
@@ -125,8 +125,8 @@ def prune_each(
 
 def compensate_each(
     structure: Structure, jobs: Mapping[str, PruneJob], output: Path, opener: Opener, run: RunSettings, shared: Journal
-) -> None:
-    """Do what `prune` of each of ``jobs`` does up to the cut, and keep it where that finds it."""
+) -> list[str]:
+    """Do what `prune` of each of ``jobs`` does up to the cut, and keep it where that finds it. Returns their names."""
     with together(jobs, structure, opener, run, output, shared) as (model, executions):
         tasks = []
         for job, execution in zip(jobs.values(), executions.values(), strict=True):
@@ -134,6 +134,7 @@ def compensate_each(
             plan = select(model, job, text, execution)
             tasks.append(RepairTask(model.network, model.graph, plan.kept, text, execution))
         job.compensation.repair_each(tasks)
+    return list(jobs)
 
 
 def plan(source: Source | Reference, job: PruneJob, opener: Opener, run: RunSettings) -> tuple[PruningPlan, Outcome]:

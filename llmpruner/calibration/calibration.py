@@ -22,7 +22,11 @@ if TYPE_CHECKING:
 
     from ..engine.execution import Execution
     from ..engine.walk import CalibrationSet
-    from ..models.model import Model
+    from ..models.model import Model, Structure
+
+
+COMPARED = 2048
+"""Tokens to compare a pruned model with: at least one sample, and no more samples than of calibration."""
 
 
 class TextSource(CalibrationSource):
@@ -78,9 +82,11 @@ class SelfWritten(CalibrationSource):
             raise DataError(f"--calibration self:{reference}: the model writes this text, so nothing follows 'self'")
 
     def sample(self, task: SampleTask) -> torch.Tensor:
+        from ..models.numbers import in_bfloat16
         from .written import written_samples
 
-        return written_samples(task, self.settings.passage)
+        with in_bfloat16(task.model):
+            return written_samples(task, self.settings.passage)
 
 
 @dataclass(frozen=True)
@@ -124,19 +130,36 @@ class CalibrationJob:
             raise DataError(f"{self.length} tokens are beyond the model's {limit} positions; lower --set prune.length")
         return min(self.length, limit)
 
-    def sample(self, name: str, model: Model, execution: Execution, samples: int, seed: int) -> CalibrationSet:
-        """``samples`` of the text: drawn, or kept as ``name`` by an interrupted run or by one with another ratio."""
+    def sample(self, model: Model, execution: Execution, seed: int) -> CalibrationSet:
+        """The text. What the model writes alone has ``held_out`` samples, too: a few more take hardly any time, but a
+        text of their own as many steps as all."""
+        from ..engine.walk import CalibrationSet
+
+        more = self.compared(model) if all(part.source.writes for part in self.parts) else 0
+        ids = self._drawn("calibration", model, execution, self.samples + more, seed)
+        return CalibrationSet(ids[: self.samples], self.text, ids[self.samples :] if more else None)
+
+    def held_out(self, text: CalibrationSet, model: Model, execution: Execution, seed: int) -> torch.Tensor:
+        """Samples like those of ``text``, with which nothing is scored or fitted, (samples, length)."""
+        if text.held_out is not None:
+            return text.held_out
+        return self._drawn("comparison", model, execution, self.compared(model), seed + 1)
+
+    def compared(self, structure: Structure) -> int:
+        """Number of the samples of `held_out`."""
+        return min(self.samples, -(-COMPARED // self.length_for(structure.config)))
+
+    def _drawn(self, name: str, model: Model, execution: Execution, samples: int, seed: int) -> torch.Tensor:
+        """Samples, drawn, or kept as ``name`` by an interrupted run or by one with another ratio."""
         import torch
 
         from ..engine.journal import recalled
-        from ..engine.walk import CalibrationSet
 
         def drawn() -> Any:
             execution.progress.status(f"The model writes its {name} text" if self.writes else f"Reading {self.text}")
             return self.draw(model, samples, seed, execution.progress).tolist()
 
-        ids = recalled(execution.shared, name, lambda: execution.ranks.from_first(drawn))
-        return CalibrationSet(torch.tensor(ids), self.text)
+        return torch.tensor(recalled(execution.shared, name, lambda: execution.ranks.from_first(drawn)))
 
     def draw(self, model: Model, samples: int, seed: int, progress: Progress = QUIET) -> torch.Tensor:
         """The first ``samples`` of the text, (samples, length). Raises as `length_for` and the sources do."""
@@ -146,7 +169,7 @@ class CalibrationJob:
 
         network, tokenizer = model.network, model.tokenizer
         length = self.length_for(network.config)
-        order = self.order()[:samples]
+        order = self.order(max(samples, self.samples))[:samples]
         rows: list[Iterator[torch.Tensor]] = []
         for number, part in enumerate(self.parts):
             # Equal parts are all of the size of the largest.
@@ -159,13 +182,13 @@ class CalibrationJob:
             rows.append(iter(check_ids(ids.cpu(), network)))
         return torch.stack([next(rows[number]) for number in order])
 
-    def order(self) -> list[int]:
-        """The number of the part of each sample: the one that is furthest behind its share. Raises `DataError` where a
-        part gets none."""
+    def order(self, samples: int | None = None) -> list[int]:
+        """The number of the part of each sample: the one that is furthest behind its share. ``samples``: by default all
+        of the text. Raises `DataError` where a part gets none."""
         shares = [1.0 if part.share is None else part.share for part in self.parts]
         taken = [0] * len(shares)
         order: list[int] = []
-        for total in range(1, self.samples + 1):
+        for total in range(1, (samples or self.samples) + 1):
             behind = [total * share / sum(shares) - had for share, had in zip(shares, taken, strict=True)]
             order.append(behind.index(max(behind)))
             taken[order[-1]] += 1

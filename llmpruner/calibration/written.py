@@ -85,7 +85,7 @@ def self_generated(
     bos = _first_token(model, tokenizer)
     parts = -(-length // passage)
     tokens, passages = -(-length // parts), samples * parts
-    batch = passages_at_once(model.config, tokens, model.dtype.itemsize)
+    batch = batch_of(passages, passages_at_once(model.config, tokens, model.dtype.itemsize))
     eos = getattr(model.generation_config, "eos_token_id", None)
     config = GenerationConfig(
         do_sample=False, max_new_tokens=tokens - 1, eos_token_id=eos, pad_token_id=bos, bos_token_id=bos
@@ -137,7 +137,8 @@ def answered(
     config = GenerationConfig(
         do_sample=False, max_new_tokens=tokens, eos_token_id=sorted(stops) or None, pad_token_id=pad
     )
-    with quiet_transformers(), torch.no_grad(), generating_as(model, config), _naming_failures(model):
+    fast = fast_one_token_attention()
+    with quiet_transformers(), torch.no_grad(), generating_as(model, config), fast, _naming_failures(model):
         run = partial(model.generate, ids, attention_mask=mask, logits_processor=draw)
         written = with_fast_products(model, run)[:, length:].tolist()
     return [list(takewhile(lambda token: token not in stops, row)) for row in written]
@@ -162,8 +163,7 @@ def answers_to_instructions(
     # In a batch, prompts have the length of the longest.
     chosen = sorted((instructions[n % len(instructions)] for n in range(count)), key=lambda i: len(prompts[i]))
     points = SobolEngine(tokens, scramble=True, seed=seed).draw(count)  # type: ignore[no-untyped-call]
-    size = passages_at_once(model.config, needed, model.dtype.itemsize)
-    size = -(-count // -(-count // size))  # batches of one size
+    size = batch_of(count, passages_at_once(model.config, needed, model.dtype.itemsize))
     written: list[Instruction] = []
     for first in progress.track(range(0, count, size), "The model answers instructions"):
         batch, numbers = chosen[first : first + size], points[first : first + size]
@@ -186,9 +186,14 @@ def text_of(tokenizer: Any, ids: Sequence[int], *, finished: bool, stop: str | N
 
 
 def passages_at_once(config: Any, tokens: int, item: int) -> int:
-    """64 to 256, up to 1 GiB of keys and values, of ``item`` bytes, and four copies of the logits."""
+    """64 to 256, up to 512 MiB of keys and values, of ``item`` bytes, and four copies of the logits."""
     each = tokens * cached_bytes(config, item) + 16 * int(config.get_text_config().vocab_size)
-    return max(64, min(256, (1 << 30) // each))
+    return max(64, min(256, (1 << 29) // each))
+
+
+def batch_of(count: int, most: int) -> int:
+    """The size of batches of at most ``most`` that ``count`` are divided into equally."""
+    return -(-count // -(-count // most)) if count else 1
 
 
 @contextmanager

@@ -57,7 +57,8 @@ class GradientWalk:
         self, execution: Execution, calibration: CalibrationSet, needs: Collection[Signal], outer: Collection[str]
     ) -> None:
         self.model, self.layers, self.weights = execution.model, execution.layers, execution.weights
-        self._ranks, self._squares = execution.ranks, Signal.GRAD_SQ in needs
+        self._ranks, self._progress = execution.ranks, execution.progress
+        self._squares = Signal.GRAD_SQ in needs
         with self.weights.outside():
             ids = calibration.input_ids.to(self.model.device)
             self._tuples, autocast, _ = walk.check_layers(execution, calibration)
@@ -103,7 +104,8 @@ class GradientWalk:
             for batch in self.batches:
                 batch.calls, embedded = walk.record(self.model, self.layers, batch.input_ids, self._tuples)
                 self.hidden[0].append(embedded)
-        for number, layer in enumerate(self.layers):
+        for number in self._progress.track(range(len(self.layers)), "Running the model"):
+            layer = self.layers[number]
             with self.weights.layer(number), self._computing():
                 for batch, hidden in zip(self.batches, self.hidden[number], strict=True):
                     call, batch.calls[number] = batch.calls[number], _with_own_dictionaries(batch.calls[number])

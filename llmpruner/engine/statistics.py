@@ -199,12 +199,12 @@ class _InputSums:
 
 
 def add_gram(lower_II: torch.Tensor, inputs_NI: torch.Tensor) -> None:
-    """Add XᵀX to the lower triangle of ``lower_II``, in place; what is above the diagonal is left undefined."""
+    """Add XᵀX, in the dtype of X, to the lower triangle of ``lower_II``; what is above the diagonal is undefined."""
     width = inputs_NI.shape[1]
     step = max(1, -(-width // 4))  # more blocks of columns save little more
     for start in range(0, width, step):
         end = min(start + step, width)
-        lower_II[start:, start:end].addmm_(inputs_NI[:, start:].T, inputs_NI[:, start:end])
+        lower_II[start:, start:end] += inputs_NI[:, start:].T @ inputs_NI[:, start:end]
 
 
 @torch.no_grad()

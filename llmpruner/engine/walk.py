@@ -26,10 +26,12 @@ Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 @dataclass(frozen=True)
 class CalibrationSet:
-    """``input_ids``: int64, shape (samples, length), without padding. ``source``: the value of ``--calibration``."""
+    """``input_ids``: int64, shape (samples, length), without padding. ``source``: the value of ``--calibration``.
+    ``held_out``: further samples, which nothing is scored or fitted with, if they were drawn together."""
 
     input_ids: torch.Tensor
     source: str
+    held_out: torch.Tensor | None = None
 
     @property
     def fingerprint(self) -> str:

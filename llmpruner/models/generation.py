@@ -211,8 +211,9 @@ def fast_one_token_attention() -> Iterator[None]:
         batch, heads, queries, dim = query_BHQD.shape
         others = [options.get(name) for name in ("position_bias", "softcap", "output_attentions")]
         more = options.get("dropout") or any(value is not None and value is not False for value in others)
-        # Masks of one query are left out by transformers where it attends to all tokens.
-        if more or queries > 1 or attention_mask is not None or query_BHQD.device.type != "cpu":
+        # A mask is left out by transformers where the query attends to all tokens.
+        masked = attention_mask is not None and attention_mask.shape[1:] != (1, 1, key_BGTD.shape[2])
+        if more or masked or queries > 1 or query_BHQD.device.type != "cpu":
             return own(module, query_BHQD, key_BGTD, value_BGTE, attention_mask, **options)
         # The query heads of a group, which share keys and values, are the rows of one product.
         groups, scaling = key_BGTD.shape[1], options.get("scaling")
@@ -220,8 +221,12 @@ def fast_one_token_attention() -> Iterator[None]:
         # In float32, as oneDNN, which multiplies bfloat16, keeps code of its own for every number of cached tokens.
         with torch.autocast("cpu", enabled=False):
             rows_BGRD = scale * query_BHQD.float().reshape(batch, groups, heads // groups, dim)
-            weights_BGRT = (rows_BGRD @ key_BGTD.float().transpose(-1, -2)).softmax(-1)
-            attended_BGRE = weights_BGRT @ value_BGTE.float()
+            weights_BGRT = rows_BGRD @ key_BGTD.float().transpose(-1, -2)
+            if attention_mask is not None and attention_mask.dtype == torch.bool:
+                weights_BGRT = weights_BGRT.masked_fill(~attention_mask, -torch.inf)
+            elif attention_mask is not None:
+                weights_BGRT = weights_BGRT + attention_mask
+            attended_BGRE = weights_BGRT.softmax(-1) @ value_BGTE.float()
         # As many sequences as have keys, also where their queries are the same.
         return attended_BGRE.reshape(len(attended_BGRE), 1, heads, -1).to(value_BGTE.dtype), None
 

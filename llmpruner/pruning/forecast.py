@@ -28,35 +28,47 @@ from ..models.model import Model, Structure
 from ..models.numbers import dtype_of
 from ..models.opening import why_not_streamed
 from ..structure.coupling import CoupledGroup, CouplingGraph, Role
-from ..values import bytes_text
+from ..values import bytes_text, counted
 from .job import Job, PruneJob, why_in_memory
 from .selection import GRADIENT_TOKENS, TRIED, scope_of
 
 F32 = 4
+LONG = 30  # minutes after which a line says what is faster
 MODULES = 96 << 20  # imported during the work, the tokenizer, and free lists of the allocator
 
 
 @dataclass(frozen=True)
 class Forecast:
     """``streamed``: weights are read layer by layer. ``memory``: largest resident bytes of the process; ``disk``: bytes
-    written; ``device``: that computes, with its free memory; ``device_memory``: bytes of an accelerator, or None."""
+    written; ``device``: that computes, with its free memory; ``device_memory``: bytes of an accelerator, or None;
+    ``seconds``: see `minutes`, None where a run only goes on."""
 
     streamed: bool
     memory: int
     disk: int
     device: str
     device_memory: int | None = None
+    seconds: float | None = None
 
     def __str__(self) -> str:
         disk = f" and {bytes_text(self.disk)} of disk" if self.disk else ""
         device = "" if self.device_memory is None else f", {bytes_text(self.device_memory)} of the device's"
         weights = "read layer by layer" if self.streamed else "in memory"
-        return f"on {self.device}: needs about {bytes_text(self.memory)} of memory{device}{disk} (weights: {weights})"
+        needed = f"about {bytes_text(self.memory)} of memory{device}{disk} (weights: {weights})"
+        return f"on {self.device}: needs {needed}{'' if self.seconds is None else _time_text(self.seconds)}"
 
     @property
     def computing(self) -> int:
         """Bytes of the device that computes."""
         return self.memory if self.device_memory is None else self.device_memory
+
+
+def _time_text(seconds: float) -> str:
+    minutes = round(seconds / 60)
+    if minutes < 1:
+        return ", and less than a minute"
+    faster = "; faster: --method fast, fewer --samples, a text file as --calibration, or another --device"
+    return f", and about {counted(minutes, 'minute')}{faster if minutes > LONG else ''}"
 
 
 def forecast(
@@ -127,8 +139,9 @@ def needed_bytes(
     copies, states, disk = 0, tokens * hidden * F32, weights if saves else 0
     if text and text.writes:
         longest = 2 * ANSWER_TOKENS  # an instruction with its answer
-        rows = min(passages_at_once(config, longest, item), -(-tokens // ANSWER_TOKENS))
-        stages.append(rows * (longest * cached_bytes(config, item) + 4 * F32 * vocabulary))
+        written = 2 if autocast else item
+        rows = min(passages_at_once(config, longest, written), -(-tokens // ANSWER_TOKENS))
+        stages.append(rows * (longest * cached_bytes(config, written) + 4 * F32 * vocabulary))
     if isinstance(job, PruneJob):
         groups = scope_of(job, structure).groups(graph)
         read = min(tokens, GRADIENT_TOKENS) if job.compensation.reads_text else tokens

@@ -26,8 +26,8 @@ class Method(Component):
 
 
 class Best(Method):
-    """Fisher importance on 32,768 tokens, then a least-squares fit of the weights that consumed removed units, on
-    163,840 tokens (131,072 where the model generates them, which takes longer than reading). For layers alone, the
+    """Fisher importance on 16,384 tokens, then a least-squares fit of the weights that consumed removed units, on
+    65,536 tokens (49,152 where the model generates them, which takes longer than reading). For layers alone, the
     angular distance between their inputs and outputs, which predicts the loss better than weights do; for experts
     alone, the mean square of what they add (`energy`); for tokens, their use, and nothing to fit."""
 
@@ -38,7 +38,7 @@ class Best(Method):
         return {
             "importance": _criterion(asked, "fisher"),
             "compensate": "none" if asked.kinds == (VOCABULARY,) else "refit",
-            "samples": 256 if writes else 320,
+            "samples": 96 if writes else 128,
             "length": 512,
         }
 

@@ -25,8 +25,6 @@ from ..structure.outcome import Quality
 from ..structure.plan import PruningPlan
 from .job import Job
 
-TOKENS = 2048
-"""Tokens that are read: at least one sample, and no more samples than of calibration."""
 RUN = 16
 """A token counts where it and those before it, so many in all, are nowhere in the calibration text."""
 
@@ -46,9 +44,8 @@ def dense_predictions(
     """What `compared` needs of the model before its cut; None where no text is new, and where the head is cut."""
     if text is None or job.calibration is None or {c.kind for c in plan.cuts.values() if c.layer is None} - {LAYER}:
         return None
-    samples = min(job.calibration.samples, -(-TOKENS // text.input_ids.shape[1]))
     with execution.stages.stage("quality"), execution.weights.outside():
-        ids = job.calibration.sample("comparison", model, execution, samples, job.seed + 1).input_ids
+        ids = job.calibration.held_out(text, model, execution, job.seed)
         at = _unseen(ids, text.input_ids)
         hidden_BTD = execution.ranks.from_first(lambda: _at_head(execution, ids)[0])
     return Dense(ids, at, hidden_BTD[at]) if hidden_BTD is not None and len(at[0]) else None

@@ -18,11 +18,13 @@ from ..engine.stages import write_run
 from ..files import check_new_directory, check_space
 from ..models.devices import named
 from ..models.model import Model, Structure
+from ..models.numbers import dtype_of
 from ..progress import QUIET
 from ..settings import RunSettings
 from .checks import identity
 from .forecast import Forecast, forecast
 from .job import Job
+from .minutes import measured, seconds_of
 from .saving import save
 
 _LOG = logging.getLogger("llmpruner")
@@ -49,7 +51,8 @@ def resumable(
     """`opened`, for a result in ``output``: until the block ends, finished steps are kept in ``OUTPUT.pruning``, and
     the same job goes on from them. ``shared``: keeps text and scores for several ratios."""
     ranks = Ranks.current()
-    expected = _expected(job, structure, opener, run, ranks, cuts=True, in_memory=False)
+    done = shared is not None and job.compensation.repairs_each
+    expected = _expected(job, structure, opener, run, ranks, cuts=True, in_memory=False, ratios=0 if done else 1)
     if ranks.first and not opener.has_tokenizer(structure):
         _LOG.warning(f"model '{structure.ref}' has no tokenizer, so the pruned model can't read text either")
     opener.say_widened(structure)
@@ -70,14 +73,23 @@ def resumable(
 
 
 def _expected(
-    job: Job, structure: Structure, opener: Opener, run: RunSettings, ranks: Ranks, *, cuts: bool, in_memory: bool
-) -> Forecast:
-    """What the run will take, which is shown."""
-    expected = ranks.from_first(
-        lambda: forecast(job, structure, opener, run.max_memory, saves=cuts, in_memory=in_memory)
-    )
-    opener.progress.status(str(expected))
-    return expected
+    job: Job, structure: Structure, opener: Opener, run: RunSettings, ranks: Ranks, *, cuts: bool, in_memory: bool,
+    ratios: int = 1,
+) -> Forecast:  # fmt: skip
+    """What the run will take, which is shown. ``ratios``: how many are fitted together; 0: that was done before."""
+
+    def expected() -> Forecast:
+        memory = forecast(job, structure, opener, run.max_memory, saves=cuts, in_memory=in_memory)
+        if not ratios:
+            return memory
+        item, device = dtype_of(structure, opener.load).itemsize, opener.device_for(structure)
+        rates = measured(job, structure, item, device)
+        seconds = seconds_of(job, structure, rates, streamed=memory.streamed, cuts=cuts, ratios=ratios)
+        return replace(memory, seconds=seconds / ranks.count)
+
+    chosen = ranks.from_first(expected)
+    opener.progress.status(str(chosen))
+    return chosen
 
 
 def saved(model: Model, output: Path, execution: Execution, command: str, settings: Mapping[str, Any]) -> Model:
@@ -122,7 +134,7 @@ def together(
 ) -> Iterator[tuple[Model, Mapping[str, Execution]]]:
     """The model, and how to run it for each of ``jobs``, with the journals from which `resumable` goes on."""
     ranks, job = Ranks.current(), next(iter(jobs.values()))
-    expected = _expected(job, structure, opener, run, ranks, cuts=True, in_memory=False)
+    expected = _expected(job, structure, opener, run, ranks, cuts=True, in_memory=False, ratios=len(jobs))
     ranks.from_first(lambda: check_space(output, len(jobs) * expected.disk, "temporary files and the results"))
     with ExitStack() as stack:
         journals = {}

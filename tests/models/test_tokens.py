@@ -280,10 +280,12 @@ def attended(heads, groups, queries=1, batch=2, **options):
 
 @pytest.mark.parametrize(("heads", "groups", "batch"), [(4, 4, 2), (6, 2, 2), (3, 1, 2), (4, 2, 1)])
 @pytest.mark.parametrize("scaling", [None, 0.3])
-def test_attention_of_one_query_is_that_of_transformers(heads, groups, batch, scaling):
+@pytest.mark.parametrize("mask", [None, (False, True, True), (-torch.inf, 0.0, 0.0)])
+def test_attention_of_one_query_is_that_of_transformers(heads, groups, batch, scaling, mask):
+    options = {} if mask is None else {"attention_mask": torch.tensor(mask)[[0, 1, 1, 2, 2]].view(1, 1, 1, 5)}
     with fast_one_token_attention():
         assert ALL_ATTENTION_FUNCTIONS["sdpa"] is not SDPA
-        ours, theirs = attended(heads, groups, batch=batch, scaling=scaling)
+        ours, theirs = attended(heads, groups, batch=batch, scaling=scaling, **options)
     assert ours.shape == theirs.shape and torch.allclose(ours, theirs, atol=1e-6)
 
 
@@ -291,7 +293,7 @@ def test_attention_of_one_query_is_that_of_transformers(heads, groups, batch, sc
     "options",
     [
         {"queries": 5},
-        {"attention_mask": torch.tensor([True, False, True, True, False]).view(1, 1, 1, 5)},
+        {"attention_mask": torch.tensor([True, False, True, True, False]).expand(1, 4, 1, 5)},
         {"position_bias": torch.linspace(-1, 1, 5).view(1, 1, 1, 5)},
     ],
     ids=lambda options: next(iter(options)),

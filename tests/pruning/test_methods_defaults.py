@@ -13,7 +13,7 @@ MLP, LAYERS = PruneSettings(ratio=0.2), PruneSettings(ratio=0.2, kinds="layer")
 
 def test_best_writes_fewer_samples_than_it_reads():
     amounts = [Best().defaults(MLP, writes=writes) for writes in (True, False)]
-    assert [(found["samples"], found["length"]) for found in amounts] == [(256, 512), (320, 512)]
+    assert [(found["samples"], found["length"]) for found in amounts] == [(96, 512), (128, 512)]
 
 
 @pytest.mark.parametrize(("method", "criterion"), [(Best, "fisher"), (Fast, "energy")])

@@ -22,7 +22,7 @@ from ...engine.products import WatchedProduct
 from ...engine.ranks import Ranks
 from ...engine.statistics import add_gram
 from ...errors import no_bias
-from ...models.devices import doubled, of_sums
+from ...models.devices import doubled, multiplies_bfloat16_fast, of_sums
 from .readers import Reader
 
 _LOG = logging.getLogger("llmpruner")
@@ -67,7 +67,9 @@ class WeightFitter:
     def add(self, use: WatchedProduct, target: torch.Tensor) -> None:
         """``use.inputs``: (tokens, in), removed inputs included. ``target``: (tokens, out), float32. The last eighth of
         the rows of each micro-batch is held out; single rows would be similar to their neighbours in the fit."""
-        inputs = use.inputs.index_select(1, self.kept).float()
+        inputs = use.inputs.index_select(1, self.kept)
+        if not (inputs.dtype == torch.bfloat16 and multiplies_bfloat16_fast(inputs.device.type)):
+            inputs = inputs.float()
         if self.bias is not None:
             inputs = torch.cat([inputs, inputs.new_ones(len(inputs), 1)], 1)
         split = len(inputs) - len(inputs) // 8
@@ -225,8 +227,9 @@ class _Sums:
         self.rows = int(*ranks.totals(self.rows))
 
     def add(self, inputs: torch.Tensor, targets: torch.Tensor) -> None:
+        """``inputs``: in float32, or in bfloat16, whose products are rounded: beside the ridge, that is little."""
         add_gram(self.gram, inputs)
-        self.cross.addmm_(inputs.T, targets)
+        self.cross += inputs.T @ targets.to(inputs.dtype)
         self.squares += targets.square().sum(0)
         self.rows += len(inputs)
 

@@ -48,7 +48,7 @@ def repair(task: RepairTask, fitter: type[Fitter], *, mix: float = 0.0) -> list[
     """Fit the weight matrices of ``task.model`` that read removed units, in place. ``mix``: see the module."""
     execution = task.execution or Execution.of(task.model, task.graph.layers)
     assert execution.journal or not execution.weights.streamed, "changed weights are kept in the journal"
-    (fits,) = _Walk([task], execution, execution.journal, fitter, mix).run()
+    (fits,) = _Walk([task], execution, execution.journal, fitter, mix, restores=False).run()
     return fits
 
 
@@ -58,7 +58,7 @@ def repair_each(tasks: Sequence[RepairTask], fitter: type[Fitter], *, mix: float
     which `repair` takes it. The tasks differ in what is kept and in the journal alone; weights end as they were."""
     execution = tasks[0].execution
     assert execution is not None, "with journals"
-    walk = _Walk(tasks, execution, execution.shared, fitter, mix)
+    walk = _Walk(tasks, execution, execution.shared, fitter, mix, restores=True)
     for task, fits in zip(tasks, walk.run(), strict=True):
         if task.execution and task.execution.journal:
             task.execution.journal.all_done(_state(len(walk.walk.layers), [fits]))
@@ -102,13 +102,13 @@ class _Walk:
 
     def __init__(
         self, tasks: Sequence[RepairTask], execution: Execution, journal: Journal | None, fitter: type[Fitter],
-        mix: float,
+        mix: float, *, restores: bool,
     ) -> None:  # fmt: skip
         text = tasks[0].calibration
         assert text is not None, "a compensation that fits weights reads calibration text"
         self.walk, self.dense = ForwardWalk.over(execution, text)
         self.journal = journal
-        self.repairs = [_Repair(task, self.walk, self.dense, fitter, mix, restores=len(tasks) > 1) for task in tasks]
+        self.repairs = [_Repair(task, self.walk, self.dense, fitter, mix, restores=restores) for task in tasks]
 
     def run(self) -> list[list[Fit]]:
         execution = self.walk.execution
@@ -209,8 +209,8 @@ class _Repair:
         del self.dense, self.after
 
     def _fit_layer(self, number: int, readers: Mapping[str, Reader], pruned: States) -> None:
-        """Fit the weights of layer ``number``, and move ĥ to after it. Its steps need: ``producers``, the silenced rows;
-        ``original``, weights with copies."""
+        """Fit the weights of layer ``number``, and move ĥ to after it. Its steps need: ``producers``, the silenced
+        rows; ``original``, weights with copies."""
         self.number, self.producers = number, ProducerRows(self.model, self.graph, self.kept, number)
         changed = dict.fromkeys([*readers, *self.biases.values(), *self.producers.names])
         copied = changed if self.needs_dense or self.restores else ()
@@ -235,9 +235,7 @@ class _Repair:
             self._swap_weights()
         del self.producers, self.original  # they keep weights of this layer in memory
 
-    def _steps(
-        self, number: int, readers: Mapping[str, Reader], dense: States
-    ) -> tuple[list[_Step], dict[str, str]]:
+    def _steps(self, number: int, readers: Mapping[str, Reader], dense: States) -> tuple[list[_Step], dict[str, str]]:
         """The steps of layer ``number`` in order, and weight → bias. c is a least-squares solution, see `_DIRECT`."""
         uses: dict[str, WatchedProduct] = {}
         outputs: list[torch.Tensor] = []
@@ -312,9 +310,7 @@ class _Repair:
             outputs = functional.linear(part, weight.to(dtype), None if bias is None else bias.to(dtype)).float()
             pruned[position] = rest + step.factor * outputs.view_as(rest)
 
-    def _observe(
-        self, step: _Step, position: int, states: States
-    ) -> tuple[_Run, _Run, dict[Matrix, torch.Tensor]]:
+    def _observe(self, step: _Step, position: int, states: States) -> tuple[_Run, _Run, dict[Matrix, torch.Tensor]]:
         """Run the layer on ĥ, with removed units silenced, and uncut; and the dense layer where targets need it."""
         uncut: _Run | None = None
         if any(reader.normed for reader in step.readers.values()):
