@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from os.path import isfile
 from typing import TYPE_CHECKING, Any
@@ -85,8 +86,9 @@ class SelfWritten(CalibrationSource):
         from ..models.numbers import in_bfloat16
         from .written import written_samples
 
-        with in_bfloat16(task.model):
+        with suppress(RuntimeError), in_bfloat16(task.model):  # tensors that are no parameters may be in float32
             return written_samples(task, self.settings.passage)
+        return written_samples(task, self.settings.passage)
 
 
 @dataclass(frozen=True)

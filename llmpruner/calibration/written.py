@@ -186,9 +186,9 @@ def text_of(tokenizer: Any, ids: Sequence[int], *, finished: bool, stop: str | N
 
 
 def passages_at_once(config: Any, tokens: int, item: int) -> int:
-    """64 to 256, up to 512 MiB of keys and values, of ``item`` bytes, and four copies of the logits."""
+    """64 to 256, up to 1 GiB of keys and values, of ``item`` bytes, and four copies of the logits."""
     each = tokens * cached_bytes(config, item) + 16 * int(config.get_text_config().vocab_size)
-    return max(64, min(256, (1 << 29) // each))
+    return max(64, min(256, (1 << 30) // each))
 
 
 def batch_of(count: int, most: int) -> int:

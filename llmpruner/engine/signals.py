@@ -58,6 +58,8 @@ class Signal(str, Enum):
     """Sums of what `ImportanceCriterion.measure` returns for every product: `ParameterSignals.products`."""
     PRODUCT_GRAD = "product_grad"
     """As `PRODUCT`, with the gradients of each product in `Product.output_grads`; without those that have none."""
+    LOGIT_PEAKS = "logit_peaks"
+    """The largest change of a single logit by each channel of the last layer's MLP: `ParameterSignals.logit_peaks`."""
     STREAM = "stream"
     """Hidden states before and after each layer, compared; for `ImportanceCriterion.score_layers` alone."""
     STREAM_BLOCKS = "stream_blocks"
@@ -210,6 +212,9 @@ class ParameterSignals:
     """None also for parameters that are not used in a matrix product, and for those outside the decoder layers."""
     products: ProductStats | None = None
     """None also for the same parameters as ``inputs``."""
+    logit_peaks: torch.Tensor | None = None
+    """max_v |h_v·W_:j| over the rows h_v of the head, less their mean, (d_in,), float32: how much a channel that is 1
+    adds to a single logit, but for the last norm. None but for the weight that reads the last layer's MLP channels."""
     matrix: int | None = None
     """The number of a matrix in a stack, for a criterion that gets them one at a time
     (`ImportanceCriterion.by_matrix`); all tensors have a first axis of length one then."""

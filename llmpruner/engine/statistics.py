@@ -16,8 +16,9 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 from ..errors import ModelError
-from ..models.devices import doubled, of_sums
+from ..models.devices import doubled, multiplies_bfloat16_fast, of_sums
 from ..models.numbers import with_fast_products
+from ..structure.coupling import MLP
 from .execution import Execution
 from .gradients import GradientSums, GradientWalk, requiring_grad
 from .products import Measure, ReduceProducts, WatchedProduct, WatchProducts
@@ -27,6 +28,8 @@ from .walk import CalibrationSet, ForwardWalk
 
 PREDICTED = 8192
 """Tokens of a text whose next tokens are predicted for `TokenStats`: a pass over the whole model, unlike counting."""
+_ROWS = 4096
+"""Rows of the head at a time, for `ParameterSignals.logit_peaks`."""
 Named = Iterator[tuple[str, ParameterSignals]]
 Statistics = tuple[InputStats | None, ProductStats | None]
 """Of one weight from a forward walk; None where they were not requested."""
@@ -133,9 +136,31 @@ class SignalWalk:
                 generator,
                 inputs if inputs is None or number is None else inputs.of_matrix(number),
                 products if products is None or number is None else products.of_matrix(number),
+                self._logit_peaks(name, products),
                 number,
             )
             yield name, signals
+
+    def _logit_peaks(self, name: str, products: ProductStats | None) -> torch.Tensor | None:
+        """See `ParameterSignals.logit_peaks`."""
+        execution, parameter = self.execution, self.execution.model.get_parameter(name).detach()
+        last = execution.weights.number(name) == len(execution.layers) - 1
+        head = execution.model.get_output_embeddings()
+        if Signal.LOGIT_PEAKS not in self.needs or not last or head is None or self.reads.get(name) != {MLP}:
+            return None
+        if products is None or parameter.dim() != 2:
+            return None
+        weight_OI = parameter if products.axis == 1 else parameter.T
+        with torch.no_grad(), execution.weights.outside():
+            rows_VO = head.weight.detach()
+            if rows_VO.shape[1] != len(weight_OI):
+                return None
+            fast = multiplies_bfloat16_fast(rows_VO.device.type)
+            mean, dtype = rows_VO.mean(0, dtype=torch.float32), torch.bfloat16 if fast else torch.float32
+            peaks = [
+                ((part - mean).to(dtype) @ weight_OI.to(dtype)).abs().amax(0) for part in torch.split(rows_VO, _ROWS)
+            ]
+            return torch.stack(peaks).amax(0).float()
 
     def _products(self, names: Collection[str]) -> ReduceProducts:
         model, samples = self.execution.model, len(self._text.input_ids)

@@ -35,7 +35,7 @@ from .criteria.estimate import Scores, estimate
 from .criteria.whole import counted_part
 from .job import PruneJob
 
-GRADIENT_TOKENS = 16384
+GRADIENT_TOKENS = 12288
 """Calibration tokens for scores that need gradients, where a compensation reads more text."""
 TRIED = 2048
 """Number of tokens that the predictions of a trial cut are compared on."""

@@ -109,6 +109,21 @@ def test_fisher_is_that_of_autograd(model, group, path, width):
     torch.testing.assert_close(found, fisher_of(loaded, path, width), rtol=1e-3, atol=0)
 
 
+@pytest.mark.parametrize(("model", "layers", "module"), [
+    ("llama-gqa", "model.layers", "mlp.down_proj"), ("gpt2", "transformer.h", "mlp.c_proj")
+])  # fmt: skip
+def test_in_the_last_layer_fisher_counts_what_a_channel_adds_to_a_single_logit(model, layers, module):
+    loaded = make(model)
+    number = loaded.graph.num_layers - 1
+    path = f"{layers}.{number}.{module}"
+    with torch.no_grad():
+        head = loaded.network.get_output_embeddings().weight
+        peaks = ((head - head.mean(0)) @ matrix(loaded.network.get_submodule(path))).abs().amax(0).square()
+    expected = fisher_of(loaded, path, 1) * peaks / peaks.mean()
+    found = scores_of(loaded, CRITERIA["fisher"](), f"layers.{number}.mlp")
+    torch.testing.assert_close(found, expected, rtol=0.03, atol=0, check_dtype=False)  # rows of the head in bfloat16
+
+
 def columns(axis: int) -> UnitAxis:
     return UnitAxis("mlp", Role.CONSUMES, axis, frozenset({"mlp"}))
 

@@ -37,9 +37,9 @@ def seconds(folder):
 
 
 def test_what_is_computed_is_counted(seconds):
-    """The text of 256 samples is written by 5.5 s of forward passes and head for 1,000 tokens, and so on."""
+    """Text and fits grow with the samples; gradients are computed on the first of them."""
     half, whole = seconds(samples=128), seconds(samples=256)
-    assert 1.7 < whole / half < 2.1
+    assert 1.5 < whole / half < 2.1
     assert seconds(samples=256, streamed=True) > whole + 30, "each token of a passage takes a pass over the weights"
     assert seconds(samples=256, cuts=False) < 0.7 * whole
     assert seconds(samples=256, method="fast") < 0.6 * whole

@@ -273,13 +273,18 @@ class Fisher(ImportanceCriterion):
     Pruning Framework for Transformers"). Products of different tokens are left out, and those of different channels of
     units that are neither channels nor heads. The next token of the text takes the place of one that the model draws
     (the empirical Fisher information).
+
+    Channels of the last layer add to the logits of a few tokens each, and a text of some thousand tokens holds few of
+    these; without the channel, the token is predicted everywhere or nowhere. So the score of a channel in the last
+    layer's MLP is multiplied by the square of its largest change of a single logit (`ParameterSignals.logit_peaks`), as
+    a share of the mean square over the channels.
     """
 
     name = "fisher"
     summary = (
         "change of the predictions, (Σ_j x_j·W_:jᵀg)² of a unit at each token, from gradients (Fisher information)"
     )
-    needs = frozenset({Signal.PRODUCT_GRAD})
+    needs = frozenset({Signal.PRODUCT_GRAD, Signal.LOGIT_PEAKS})
     roles = frozenset({Role.CONSUMES})
     by_matrix = True
 
@@ -293,7 +298,11 @@ class Fisher(ImportanceCriterion):
     def saliency(self, signals: ParameterSignals) -> torch.Tensor:
         if signals.products is None:
             return signals.weight.new_zeros(signals.weight.shape)
-        return signals.over_inputs(signals.products.sums["squares"].float())
+        squares = signals.products.sums["squares"].float()
+        if signals.logit_peaks is not None:
+            peaks = signals.logit_peaks.square().to(squares.device)
+            squares = squares * (peaks / peaks.mean().clamp_min(1e-30))
+        return signals.over_inputs(squares)
 
     def score_units(self, signals: ParameterSignals, axis: UnitAxis, index_UK: torch.Tensor) -> torch.Tensor | None:
         products = None if signals.products is None else signals.products.sums.get("products")
