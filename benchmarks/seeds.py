@@ -47,7 +47,7 @@ def measure(seed: int, checkout: Path, options: list[str]) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as work:
         output = str(Path(work) / "pruned")
         os.environ["PYTHONPATH"] = str(checkout)
-        done = run("prune", "demo", "--ratio", "0.2", "--seed", str(seed), *options, "-o", output)
+        done = run("prune", "demo", "--ratio", "0.2", "--set", f"prune.seed={seed}", *options, "-o", output)
         del os.environ["PYTHONPATH"]
         stages = {
             stage["name"]: stage["seconds"] for stage in json.loads((Path(output) / "run.json").read_text())["stages"]
