@@ -83,11 +83,8 @@ class SelfWritten(CalibrationSource):
             raise DataError(f"--calibration self:{reference}: the model writes this text, so nothing follows 'self'")
 
     def sample(self, task: SampleTask) -> torch.Tensor:
-        from ..models.numbers import in_bfloat16
         from .written import written_samples
 
-        with suppress(RuntimeError), in_bfloat16(task.model):  # tensors that are no parameters may be in float32
-            return written_samples(task, self.settings.passage)
         return written_samples(task, self.settings.passage)
 
 
@@ -177,7 +174,7 @@ class CalibrationJob:
             # Equal parts are all of the size of the largest.
             needed = -(-samples // len(self.parts)) if part.share is None else max(1, order.count(number))
             task = SampleTask(network, tokenizer, part.reference, needed, length, seed, model.family, progress)
-            ids = part.source.sample(task)
+            ids = _sampled(part, task, model)
             if ids.dtype != torch.int64 or tuple(ids.shape) != (needed, length):
                 facts, expected = f"{ids.dtype} of shape {tuple(ids.shape)}", f"torch.int64 of shape {(needed, length)}"
                 raise PluginError(f"{part.source.label()} gave {facts}; expected {expected}")
@@ -198,6 +195,14 @@ class CalibrationJob:
             named = self.text.split(",")[taken.index(0)].strip()
             raise DataError(f"--samples {self.samples} gives '{named}' none by its share; raise --samples")
         return order
+
+
+def _sampled(part: Part, task: SampleTask, model: Model) -> torch.Tensor:
+    if part.source.writes:
+        # Not where a model has tensors in float32 that are no parameters.
+        with suppress(RuntimeError), model.weights.in_bfloat16():
+            return part.source.sample(task)
+    return part.source.sample(task)
 
 
 def parse_calibration(

@@ -106,23 +106,6 @@ def with_fast_products(model: nn.Module, run: Callable[[], T]) -> T:
     return run()
 
 
-@contextlib.contextmanager
-def in_bfloat16(model: nn.Module) -> Iterator[None]:
-    """While active, a model in memory that would multiply faster in bfloat16 is in bfloat16, as a copy that is dropped
-    afterwards: for text that it writes, where weights would else be converted for each token."""
-    parameters = list(model.parameters()) if computes_bfloat16_fast(model) else []
-    if any(parameter.is_meta for parameter in parameters):  # read layer by layer
-        parameters = []
-    exact = [parameter.data for parameter in parameters]
-    try:
-        for parameter in parameters:
-            parameter.data = parameter.data.to(torch.bfloat16)
-        yield
-    finally:
-        for parameter, data in zip(parameters, exact, strict=True):
-            parameter.data = data
-
-
 def stored_parts(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
     """The tensor itself; of a quantised one, its integers, scales and zero points."""
     if hasattr(tensor, "__tensor_flatten__"):

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 
 from ..structure.coupling import CouplingGraph, in_layer, layer_number
 from ..structure.kept import Kept, layer_numbers
+from .numbers import computes_bfloat16_fast
 from .record import names_in
 from .surgery import CutValues
 
@@ -32,6 +33,7 @@ class Weights:
     def __init__(self, model: PreTrainedModel, path: str) -> None:
         self.model, self.path = model, path
         self.device: torch.device = model.device
+        self._narrow = False
 
     def part(self, number: int | None) -> contextlib.AbstractContextManager[None]:
         """While active, the parameters of a part have their values. Changes in place last only if `keep` is called."""
@@ -57,6 +59,22 @@ class Weights:
         aside = file.with_suffix(".partial")
         save_file(tensors, aside)
         aside.replace(file)
+
+    @contextlib.contextmanager
+    def in_bfloat16(self) -> Iterator[None]:
+        """While active, parameters are in bfloat16 if the device multiplies faster so: for text that the model writes,
+        where weights would else be converted for each token."""
+        parameters = list(self.model.parameters()) if computes_bfloat16_fast(self.model) else []
+        exact = [parameter.data for parameter in parameters]
+        self._narrow = bool(parameters)
+        try:
+            for parameter in parameters:
+                parameter.data = parameter.data.to(torch.bfloat16)
+            yield
+        finally:
+            self._narrow = False
+            for parameter, data in zip(parameters, exact, strict=True):
+                parameter.data = data
 
     def use(self, file: Path) -> None:
         """Use the values that `keep` wrote to ``file``."""
@@ -129,6 +147,8 @@ class StreamedWeights(Weights):
             path, _, leaf = name.rpartition(".")
             module = self.model.get_submodule(path)
             value, is_buffer = tensor.to(self.device), leaf in module._buffers
+            if self._narrow and not is_buffer:
+                value = value.to(torch.bfloat16)
             setattr(module, leaf, value if is_buffer else nn.Parameter(value, requires_grad=False))
         if part is None:
             self.model.tie_weights()

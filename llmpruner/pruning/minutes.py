@@ -23,6 +23,9 @@ from .selection import GRADIENT_TOKENS
 
 _PRODUCT = 3e10  # operations of a product that is measured
 _OTHERS = 1.3  # norms, activations and sums, as a factor on the products of a layer
+_WRITTEN = 1.4  # attention to cached keys and values, and prompts, as a factor on text that is written
+_GRADIENTS = 3.5  # forward passes
+_START = 10  # seconds until the libraries and the model are loaded, and for the report
 _STEP = 5e-4  # seconds of a layer for one token, however fast it computes
 _TOKENS = 80  # of a passage or an answer
 _KEPT = 0.8  # of the inputs of a matrix
@@ -45,7 +48,7 @@ def seconds_of(job: Job, structure: Structure, rates: Rates, *, streamed: bool, 
     """Of a whole run. ``ratios``: how many are fitted beside one run of the dense model."""
     text = job.calibration
     passes = rates.pass_over if streamed else 0.0
-    seconds = rates.pass_over * (1 + ratios * cuts)  # to load, and to save
+    seconds = _START + rates.pass_over * (1 + ratios * cuts)  # to load, and to save
     if text is None:
         return seconds
     length = text.length_for(structure.config)
@@ -58,7 +61,7 @@ def seconds_of(job: Job, structure: Structure, rates: Rates, *, streamed: bool, 
     if isinstance(job, PruneJob) and job.criterion.needs - {Signal.WEIGHT}:
         if job.criterion.needs & GRADIENTS:
             read = min(tokens, GRADIENT_TOKENS) if job.compensation.reads_text else tokens
-            seconds += 3 * read * forward + 2 * passes
+            seconds += _GRADIENTS * read * forward + 2 * passes
         else:
             seconds += tokens * rates.layers + passes
     if cuts and job.compensation.reads_text:
@@ -72,7 +75,7 @@ def _written(tokens: int, structure: Structure, rates: Rates, passes: float) -> 
     config = structure.config.get_text_config()
     rows = min(ceil(tokens / _TOKENS), passages_at_once(config, ANSWER_TOKENS, 4))
     steps = ceil(tokens / rows)
-    return steps * (max(rates.step, rows * (rates.layers + rates.head)) + passes)
+    return steps * (max(rates.step, _WRITTEN * rows * (rates.layers + rates.head)) + passes)
 
 
 def _fits(tokens: int, structure: Structure, rates: Rates) -> float:
@@ -108,7 +111,7 @@ def measured(job: Job, structure: Structure, item: int, device: torch.device) ->
     attend = partial(functional.scaled_dot_product_attention, query, query, query, is_causal=True)
     attention = graph.num_layers * _timed(attend, device) / length
     vocabulary = int(config.vocab_size)
-    (out, width), rows = max(experts), 256
+    out, width = max(experts)
     wide = min(max(out, width), 2048)
     alone = product(out, width, 1) / (out * width)  # of a weight that is read
     symmetric = torch.eye(2048, dtype=torch.float64, device=of_sums(device))

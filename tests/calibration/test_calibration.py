@@ -25,7 +25,6 @@ from llmpruner.calibration.calibration import (
 )
 from llmpruner.component import ComponentSettings
 from llmpruner.errors import PluginError, SettingsError
-from llmpruner.models.numbers import in_bfloat16
 
 
 class Counting(CalibrationSource):
@@ -118,7 +117,7 @@ def test_written_samples_begin_as_text_in_use_does(gqa):
         return drawn("self", gqa, tokenizer, settings, samples=6, length=24, seed=3)
 
     bos = gqa.network.config.bos_token_id
-    with in_bfloat16(gqa.network):
+    with gqa.weights.in_bfloat16():
         always = written.self_generated(gqa.network, None, 6, 24, 3, passage=8)
     opened, plain = texts(Numbers(7, 9)), texts(Numbers())
     assert (always == bos).all(0).nonzero().flatten().tolist() == [0, 8, 16]
