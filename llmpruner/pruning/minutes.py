@@ -103,7 +103,7 @@ def measured(job: Job, structure: Structure, item: int, device: torch.device) ->
             experts[shape[-2:]] += 1 if len(shape) == 2 else int(chosen)
     products = 0.0
     for (out, width), count in experts.items():
-        rows = int(min(1024, max(64, _PRODUCT / (2 * out * width))))
+        rows = int(min(1024, out, width, max(64, _PRODUCT / (2 * out * width))))
         products += count * product(out, width, rows) / rows
     hidden, heads = int(config.hidden_size), int(getattr(config, "num_attention_heads", 0) or 1)
     length = job.calibration.length_for(structure.config) if job.calibration else 1
@@ -114,13 +114,13 @@ def measured(job: Job, structure: Structure, item: int, device: torch.device) ->
     out, width = max(experts)
     wide = min(max(out, width), 2048)
     alone = product(out, width, 1) / (out * width)  # of a weight that is read
-    symmetric = torch.eye(2048, dtype=torch.float64, device=of_sums(device))
+    symmetric = torch.eye(wide, dtype=torch.float64, device=of_sums(device))
     return Rates(
         layers=_OTHERS * products + attention,
         head=product(vocabulary, hidden, 64) / 64,
         step=alone * graph.total_parameters + _STEP * graph.num_layers,
-        operation=2 * product(wide, 1024, wide) / (2 * wide * wide * 1024),
-        solved=_timed(partial(torch.linalg.cholesky, symmetric), of_sums(device)) / (2048**3 / 6),
+        operation=product(wide, wide, wide) / wide**3,
+        solved=_timed(partial(torch.linalg.cholesky, symmetric), of_sums(device)) / (wide**3 / 6),
         pass_over=item * graph.total_parameters / _READ,
     )
 
