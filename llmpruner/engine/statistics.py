@@ -146,7 +146,7 @@ class SignalWalk:
         execution, parameter = self.execution, self.execution.model.get_parameter(name).detach()
         last = execution.weights.number(name) == len(execution.layers) - 1
         head = execution.model.get_output_embeddings()
-        if Signal.LOGIT_PEAKS not in self.needs or not last or head is None or self.reads.get(name) != {MLP}:
+        if Signal.LOGIT_PEAKS not in self.needs or not last or head is None or self.reads.get(name) != frozenset({MLP}):
             return None
         if products is None or parameter.dim() != 2:
             return None

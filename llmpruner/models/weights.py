@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 from ..structure.coupling import CouplingGraph, in_layer, layer_number
 from ..structure.kept import Kept, layer_numbers
-from .numbers import computes_bfloat16_fast
+from .devices import multiplies_bfloat16_fast
 from .record import names_in
 from .surgery import CutValues
 
@@ -64,7 +64,8 @@ class Weights:
     def in_bfloat16(self) -> Iterator[None]:
         """While active, parameters are in bfloat16 if the device multiplies faster so: for text that the model writes,
         where weights would else be converted for each token."""
-        parameters = list(self.model.parameters()) if computes_bfloat16_fast(self.model) else []
+        faster = self.model.dtype == torch.float32 and multiplies_bfloat16_fast(self.device.type)
+        parameters = list(self.model.parameters()) if faster else []
         exact = [parameter.data for parameter in parameters]
         self._narrow = bool(parameters)
         try:

@@ -82,8 +82,8 @@ def _fits(tokens: int, structure: Structure, rates: Rates) -> float:
     """Sums over the inputs that stay of the widest matrix of each layer, and five systems that are solved."""
     graph = structure.graph
     sizes = [shape[-2:] for name, shape in graph.shapes.items() if graph.is_decoder(name) and len(shape) > 1]
-    width, out = max(sizes, key=max)
-    width, out = _KEPT * max(width, out), min(width, out)
+    widest = max(sizes, key=max)
+    width, out = _KEPT * max(widest), min(widest)
     sums, solved = tokens * width * (width * 5 / 8 + out), 5 * width**3 / 6
     return graph.num_layers * (sums * rates.operation + solved * rates.solved)
 
@@ -100,7 +100,7 @@ def measured(job: Job, structure: Structure, item: int, device: torch.device) ->
     chosen, experts = getattr(config, "num_experts_per_tok", 1), Counter[tuple[int, int]]()
     for name, shape in graph.shapes.items():
         if layer_number(name, graph.layers) is not None and len(shape) > 1:
-            experts[shape[-2:]] += 1 if len(shape) == 2 else int(chosen)
+            experts[shape[-2], shape[-1]] += 1 if len(shape) == 2 else int(chosen)
     products = 0.0
     for (out, width), count in experts.items():
         rows = int(min(1024, out, width, max(64, _PRODUCT / (2 * out * width))))

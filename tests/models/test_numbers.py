@@ -108,7 +108,7 @@ def test_every_method_runs(dense, tmp_path, method):
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_weights_that_are_read_layer_by_layer_give_the_same(dense, tmp_path, monkeypatch, method, dtype):
     """Text that the model writes, too."""
-    monkeypatch.setattr("llmpruner.models.weights.computes_bfloat16_fast", lambda model: model.dtype == torch.float32)
+    monkeypatch.setattr("llmpruner.models.weights.multiplies_bfloat16_fast", lambda _: True)
     for streamed in (False, True):
         monkeypatch.setattr("llmpruner.pruning.forecast.free_memory", lambda _, s=streamed: 0 if s else 1 << 50)
         prune(dense("starcoder2", dtype), tmp_path / str(streamed), dtype, **method)
@@ -119,7 +119,7 @@ def test_weights_that_are_read_layer_by_layer_give_the_same(dense, tmp_path, mon
 def test_a_model_that_writes_text_in_bfloat16_has_its_weights_again(monkeypatch):
     model = make("llama-gqa")
     before = {name: tensor.clone() for name, tensor in model.network.state_dict().items()}
-    monkeypatch.setattr("llmpruner.models.weights.computes_bfloat16_fast", lambda _: True)
+    monkeypatch.setattr("llmpruner.models.weights.multiplies_bfloat16_fast", lambda _: True)
     with pytest.raises(KeyError), model.weights.in_bfloat16():
         assert model.network.dtype == torch.bfloat16
         raise KeyError
