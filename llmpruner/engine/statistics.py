@@ -229,7 +229,15 @@ def add_gram(lower_II: torch.Tensor, inputs_NI: torch.Tensor) -> None:
     step = max(1, -(-width // 4))  # more blocks of columns save little more
     for start in range(0, width, step):
         end = min(start + step, width)
-        lower_II[start:, start:end] += inputs_NI[:, start:].T @ inputs_NI[:, start:end]
+        add_product(lower_II[start:, start:end], inputs_NI[:, start:].T, inputs_NI[:, start:end])
+
+
+def add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
+    """Add left · right, in their dtype, to ``total``; also under autocast, which would compute ``@`` in bfloat16."""
+    if left.dtype == total.dtype:
+        total.addmm_(left, right)
+    else:
+        total += left @ right
 
 
 @torch.no_grad()

@@ -58,7 +58,8 @@ def like_the_cpu(bfloat16: bool = False) -> Iterator[None]:
     it has a kernel of its own."""
     with contextlib.ExitStack() as stack:
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
-        for module in ("models.numbers", "engine.products"):
+        fits = "pruning.compensation.least_squares"
+        for module in ("models.numbers", "models.weights", "engine.products", "engine.statistics", fits):
             stack.enter_context(mock.patch(f"llmpruner.{module}.multiplies_bfloat16_fast", lambda _: bfloat16))
         yield
 

@@ -131,7 +131,7 @@ def test_the_first_record_of_a_file_is_read_before_weights(refused, tmp_path, co
 def test_a_text_that_is_too_short_is_refused_when_its_tokens_are_counted(refused, tmp_path):
     (tmp_path / "short.txt").write_text("Paris.")
     line = refused("prune", *ON, tmp_path / "short.txt", *OUT, read=True)
-    assert "short.txt" in line and "is too short for 320 samples of 512 tokens" in line
+    assert "short.txt" in line and "is too short for 128 samples of 512 tokens" in line
 
 
 @pytest.fixture(scope="module")

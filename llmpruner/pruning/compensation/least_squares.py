@@ -20,7 +20,7 @@ import torch
 
 from ...engine.products import WatchedProduct
 from ...engine.ranks import Ranks
-from ...engine.statistics import add_gram
+from ...engine.statistics import add_gram, add_product
 from ...errors import no_bias
 from ...models.devices import doubled, multiplies_bfloat16_fast, of_sums
 from .readers import Reader
@@ -229,7 +229,7 @@ class _Sums:
     def add(self, inputs: torch.Tensor, targets: torch.Tensor) -> None:
         """``inputs``: in float32, or in bfloat16, whose products are rounded: beside the ridge, that is little."""
         add_gram(self.gram, inputs)
-        self.cross += inputs.T @ targets.to(inputs.dtype)
+        add_product(self.cross, inputs.T, targets.to(inputs.dtype))
         self.squares += targets.square().sum(0)
         self.rows += len(inputs)
 
