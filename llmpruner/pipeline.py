@@ -18,6 +18,7 @@ from .discovery.opening import Opener, Source
 from .engine.execution import Execution
 from .engine.journal import Journal, recalled
 from .engine.walk import CalibrationSet
+from .errors import ModelError
 from .models.model import Model, Structure
 from .models.opening import reopened
 from .models.reference import Reference
@@ -109,8 +110,10 @@ def prune_each(
 ) -> list[Structure]:
     """`prune` by each of ``jobs``, which differ in the ratio alone, into the folder of ``output`` that is its key. Text
     and scores are made once, and one run of the dense model serves all fits. A run that goes on keeps the folders that
-    are finished."""
+    are finished. Raises `ModelError` for a model in memory."""
     structure = opener.structure(source)
+    if isinstance(structure, Model):
+        raise ModelError(f"'{structure.ref}' is in memory, where the first ratio would cut it; pass its folder")
     for job in jobs.values():
         check_job(job, structure, opener)
     with several(jobs, structure, opener, run, output) as (shared, unfinished):

@@ -15,7 +15,7 @@ from llmpruner import api
 from llmpruner.engine import journal as journal_module
 from llmpruner.engine.boundaries import Boundaries
 from llmpruner.engine.journal import Journal
-from llmpruner.errors import LlmprunerError, OutputError
+from llmpruner.errors import LlmprunerError, ModelError, OutputError
 from llmpruner.progress import Progress
 from llmpruner.pruning import selection, workspace
 from llmpruner.settings import RunSettings
@@ -171,6 +171,13 @@ def test_several_ratios_that_cannot_be_are_refused_before_anything_is_written(op
     with pytest.raises(LlmprunerError, match=message) as raised:
         api.prune_each(str(dense), **{"ratios": [0.2, 0.3], "output": tmp_path / "out", **options})
     assert "\n" not in str(raised.value) and list(tmp_path.iterdir()) == []
+
+
+def test_several_ratios_of_a_model_in_memory_are_refused(dense, tmp_path):
+    """The second would be of what the first left."""
+    with pytest.raises(ModelError, match="pass its folder"):
+        api.prune_each(api.load(dense), output=tmp_path / "out", ratios=[0.2, 0.3])
+    assert list(tmp_path.iterdir()) == []
 
 
 KILLED = """
