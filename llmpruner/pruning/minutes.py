@@ -17,7 +17,6 @@ from ..calibration.written import ANSWER_TOKENS, passages_at_once
 from ..engine.signals import GRADIENTS, Signal
 from ..models.devices import CPU, multiplies_bfloat16_fast, of_sums, synchronize
 from ..models.model import Structure
-from ..structure.coupling import layer_number
 from .job import Job, PruneJob
 from .selection import GRADIENT_TOKENS
 
@@ -72,10 +71,8 @@ def seconds_of(job: Job, structure: Structure, rates: Rates, *, streamed: bool, 
 
 def _written(tokens: int, structure: Structure, rates: Rates, passes: float) -> float:
     """To write so many tokens, one after another in many passages at once."""
-    config = structure.config.get_text_config()
-    rows = min(ceil(tokens / _TOKENS), passages_at_once(config, ANSWER_TOKENS, 4))
-    steps = ceil(tokens / rows)
-    return steps * (max(rates.step, _WRITTEN * rows * (rates.layers + rates.head)) + passes)
+    rows = min(ceil(tokens / _TOKENS), passages_at_once(structure.config.get_text_config(), ANSWER_TOKENS, 4))
+    return ceil(tokens / rows) * (max(rates.step, _WRITTEN * rows * (rates.layers + rates.head)) + passes)
 
 
 def _fits(tokens: int, structure: Structure, rates: Rates) -> float:
@@ -97,12 +94,11 @@ def measured(job: Job, structure: Structure, item: int, device: torch.device) ->
     def product(out: int, width: int, rows: int) -> float:
         return _timed(partial(functional.linear, like(rows, width), like(out, width)), device)
 
-    chosen, experts = getattr(config, "num_experts_per_tok", 1), Counter[tuple[int, int]]()
+    every, products = Counter[tuple[int, int]](), 0.0
     for name, shape in graph.shapes.items():
-        if layer_number(name, graph.layers) is not None and len(shape) > 1:
-            experts[shape[-2], shape[-1]] += 1 if len(shape) == 2 else int(chosen)
-    products = 0.0
-    for (out, width), count in experts.items():
+        if graph.is_decoder(name) and len(shape) > 1:
+            every[shape[-2], shape[-1]] += 1 if len(shape) == 2 else getattr(config, "num_experts_per_tok", 1)
+    for (out, width), count in every.items():
         rows = int(min(1024, out, width, max(64, _PRODUCT / (2 * out * width))))
         products += count * product(out, width, rows) / rows
     hidden, heads = int(config.hidden_size), int(getattr(config, "num_attention_heads", 0) or 1)
@@ -110,14 +106,12 @@ def measured(job: Job, structure: Structure, item: int, device: torch.device) ->
     query = like(1, heads, length, max(1, hidden // heads))
     attend = partial(functional.scaled_dot_product_attention, query, query, query, is_causal=True)
     attention = graph.num_layers * _timed(attend, device) / length
-    vocabulary = int(config.vocab_size)
-    out, width = max(experts)
-    wide = min(max(out, width), 2048)
+    (out, width), wide = max(every), min(max(max(every)), 2048)
     alone = product(out, width, 1) / (out * width)  # of a weight that is read
     symmetric = torch.eye(wide, dtype=torch.float64, device=of_sums(device))
     return Rates(
         layers=_OTHERS * products + attention,
-        head=product(vocabulary, hidden, 64) / 64,
+        head=product(int(config.vocab_size), hidden, 64) / 64,
         step=alone * graph.total_parameters + _STEP * graph.num_layers,
         operation=product(wide, wide, wide) / wide**3,
         solved=_timed(partial(torch.linalg.cholesky, symmetric), of_sums(device)) / (wide**3 / 6),
