@@ -58,7 +58,7 @@ COLUMNS = {
 }  # fmt: skip
 """Text → the heading of its column."""
 LABELS = {
-    ("best", "uniform"): "best, the default",
+    ("best", "uniform"): "best, 256 samples",
     ("best", "free"): "best, free widths",
     ("best, recovered", "uniform"): "best, 15 minutes of recovery",
     ("llm-pruner", "uniform"): "LLM-Pruner",
@@ -86,6 +86,7 @@ modules of Python's standard library.
 - *recovered*: after `llmpruner recover --minutes 15`. No other row is trained.
 - *repeat*: share of the model's own answers to 40 instructions that repeat themselves; *cut off*: that do not end
   within 128 tokens.
+- Rows of *best* without a number of samples are of 256, its default at their commit; now it is 96.
 - *minutes*: wall time of the commands; *GiB*: their peak memory; *commit*: the version of the program.
 """
 C4_JUDGED = slice(150, 200)
