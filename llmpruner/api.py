@@ -175,8 +175,9 @@ def prune_each(
     catalog: Catalog | None = None,
     **settings: Unpack[PruneKeywords],
 ) -> list[Structure]:
-    """`prune` by several ratios, each into a folder of ``output``, such as ``OUTPUT/0.1``, with one text and one
-    scoring for all. Returns the structures of the results."""
+    """`prune` by several ratios, each into a folder of ``output``, such as ``OUTPUT/0.1``, with one text, one
+    scoring and one run of the dense model for all. Returns the structures of the results. Raises `ModelError` for a
+    model in memory."""
     catalog = catalog or load_catalog()
     reference, folder = _reference(model, catalog), Path(output)
     if not folder.with_name(folder.name + ".pruning").is_dir():  # else some ratios may be finished

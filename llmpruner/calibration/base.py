@@ -19,8 +19,9 @@ if TYPE_CHECKING:
 class SampleTask:
     """The request to a source: ``samples`` sequences of ``length`` tokens each, without padding.
 
-    ``model``: with its weights, in evaluation mode. ``reference``: a file or data set; for other sources than text,
-    what follows ``NAME:``. ``tokenizer``: None where the model has none. ``family``: with the model's chat format.
+    ``model``: with its weights, in evaluation mode; in bfloat16 for a source that writes, if that is faster.
+    ``reference``: a file or data set; for other sources than text, what follows ``NAME:``. ``tokenizer``: None where
+    the model has none. ``family``: with the model's chat format.
     """
 
     model: PreTrainedModel

@@ -33,19 +33,14 @@ class Journal:
         self._written, self._took = time.monotonic(), 0.4  # a guess, until states were written once
 
     @contextmanager
-    def locked(self, *, anew: bool = False) -> Iterator[None]:
-        """While active, the folder is there and locked. ``anew``: remove what an earlier run left. Raises `OutputError`
+    def running(self, progress: Progress = QUIET, *, anew: bool = False, stays: bool = False) -> Iterator[None]:
+        """While active, the folder is locked. It stays if the run is interrupted, or can't write its result, and at the
+        end if it ``stays`` for another part of the run. ``anew``: remove what an earlier run left. Raises `OutputError`
         where another run works, or left results."""
         with ExitStack() as stack:
             self._ranks.from_first(lambda: self._enter(stack, anew))
             with writing(self.folder):
                 self.folder.mkdir(parents=True, exist_ok=True)  # where other processes have another file system
-            yield
-
-    @contextmanager
-    def running(self, progress: Progress = QUIET, *, anew: bool = False) -> Iterator[None]:
-        """`locked`; then the folder is removed, unless the run is interrupted, or can't write its result."""
-        with self.locked(anew=anew):
             if done := self._done():
                 progress.status(f"continuing the interrupted run in {self.folder}; done: {done}")
             try:
@@ -58,7 +53,8 @@ class Journal:
                     why = "stopped" if isinstance(error, KeyboardInterrupt) else "what was computed is kept"
                     progress.status(f"{why}; the same command goes on from {self.folder}, --restart starts anew")
                 raise
-            self._remove()
+            if not stays:
+                self._remove()
 
     def _enter(self, stack: ExitStack, anew: bool) -> None:
         """Lock the folder. Raises `OutputError` where it is not that of this run."""

@@ -59,7 +59,8 @@ class Signal(str, Enum):
     PRODUCT_GRAD = "product_grad"
     """As `PRODUCT`, with the gradients of each product in `Product.output_grads`; without those that have none."""
     LOGIT_PEAKS = "logit_peaks"
-    """The largest change of a single logit by each channel of the last layer's MLP: `ParameterSignals.logit_peaks`."""
+    """With `PRODUCT` or `PRODUCT_GRAD`, the largest change of a single logit by each channel of the last layer's MLP:
+    `ParameterSignals.logit_peaks`."""
     STREAM = "stream"
     """Hidden states before and after each layer, compared; for `ImportanceCriterion.score_layers` alone."""
     STREAM_BLOCKS = "stream_blocks"

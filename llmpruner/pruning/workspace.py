@@ -141,7 +141,7 @@ def together(
         for name, each in jobs.items():
             folder = _folder(output / name)
             journals[name] = Journal(folder, identity(each, structure, opener), ranks)
-            stack.enter_context(journals[name].locked())
+            stack.enter_context(journals[name].running(stays=True))
         model = opener.weights(structure, streamed=expected.streamed, scratch=shared.folder)
         execution = Execution(model.weights, ranks, progress=opener.progress, shared=shared)
         yield model, {name: replace(execution, journal=journal) for name, journal in journals.items()}

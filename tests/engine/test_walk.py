@@ -92,7 +92,7 @@ def test_the_dense_and_the_pruned_run_have_their_own_keys_and_values(sharing, mo
         torch.testing.assert_close(joined(self.dense), expected[number], rtol=1e-3, atol=1e-3)
         seen.append(number)
 
-    monkeypatch.setattr("llmpruner.pruning.compensation.repair._Walk._record", record)
+    monkeypatch.setattr("llmpruner.pruning.compensation.repair._DenseRun._record", record)
     groups = [group for group in sharing.graph.of_kinds(["mlp", "query"]) if group.units > group.minimum]
     kept = random_plan(groups, seed=1, uneven=False)
     Refit().repair(RepairTask(sharing.network, sharing.graph, kept, calibration))

@@ -180,6 +180,16 @@ def test_several_ratios_of_a_model_in_memory_are_refused(dense, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_several_ratios_that_are_refused_in_the_walk_leave_nothing(dense, tmp_path, monkeypatch):
+    def refused(*_):
+        raise ModelError("the weights are damaged")
+
+    monkeypatch.setattr("llmpruner.pruning.compensation.repair._DenseRun.run", refused)
+    with pytest.raises(ModelError, match="damaged"):
+        api.prune_each(str(dense), output=tmp_path / "out", ratios=[0.2, 0.3], samples=4, length=16)
+    assert list(tmp_path.iterdir()) == []
+
+
 KILLED = """
 import os, signal, sys, time
 from pathlib import Path

@@ -301,6 +301,32 @@ def test_errors_are_those_of_evenly_spaced_outputs_where_there_are_many(outputs,
     assert fitter.error(fitter.trials - 1) == pytest.approx(float(expected), rel=1e-4)
 
 
+@pytest.mark.parametrize("noise", [0.01, 1.0, 20.0, 300.0])
+def test_the_search_ends_at_the_best_ridge_and_leaves_others_out(noise, monkeypatch):
+    x, target, true = problem(rows=64, noise=noise)
+    fitter, tried = fitter_of(true + 0.3), []
+    add(fitter, x, target)
+    every = [fitter.error(trial) for trial in range(fitter.trials)]
+    error = WeightFitter.error
+    monkeypatch.setattr(WeightFitter, "error", lambda self, trial: tried.append(trial) or error(self, trial))
+    (fit,) = write_all({("weight", None): fitter}, SINGLE)
+    best = min(range(fitter.trials), key=every.__getitem__)
+    assert fit.ridge == (None if best == fitter.trials - 1 else least_squares.RIDGES[best])
+    assert len(tried) == len(set(tried)) < fitter.trials or best in (0, len(least_squares.RIDGES) - 1)
+
+
+def test_sums_in_bfloat16_hardly_change_the_error(monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+    x, true = (torch.randn(size, generator=generator) for size in ((512, 32), (3, 32)))
+    target, x, errors = x @ true.T + torch.randn(512, 3, generator=generator), x.bfloat16(), []
+    for fast in (False, True):
+        monkeypatch.setattr(least_squares, "multiplies_bfloat16_fast", lambda _, fast=fast: fast)
+        fitter = fitter_of(true + 0.5)
+        add(fitter, x, target)
+        errors.append(float((x.float() @ solve(fitter)[0].T - target).square().sum()))
+    assert errors[0] != errors[1] == pytest.approx(errors[0], rel=0.01)
+
+
 def test_inputs_that_are_always_zero_keep_their_weights():
     x, target, true = problem()
     x[:, 2] = 0

@@ -48,7 +48,7 @@ def repair(task: RepairTask, fitter: type[Fitter], *, mix: float = 0.0) -> list[
     """Fit the weight matrices of ``task.model`` that read removed units, in place. ``mix``: see the module."""
     execution = task.execution or Execution.of(task.model, task.graph.layers)
     assert execution.journal or not execution.weights.streamed, "changed weights are kept in the journal"
-    (fits,) = _Walk([task], execution, execution.journal, fitter, mix, restores=False).run()
+    (fits,) = _DenseRun([task], execution, execution.journal, fitter, mix, restores=False).run()
     return fits
 
 
@@ -58,10 +58,10 @@ def repair_each(tasks: Sequence[RepairTask], fitter: type[Fitter], *, mix: float
     which `repair` takes it. The tasks differ in what is kept and in the journal alone; weights end as they were."""
     execution = tasks[0].execution
     assert execution is not None, "with journals"
-    walk = _Walk(tasks, execution, execution.shared, fitter, mix, restores=True)
-    for task, fits in zip(tasks, walk.run(), strict=True):
+    dense = _DenseRun(tasks, execution, execution.shared, fitter, mix, restores=True)
+    for task, fits in zip(tasks, dense.run(), strict=True):
         if task.execution and task.execution.journal:
-            task.execution.journal.all_done(_state(len(walk.walk.layers), [fits]))
+            task.execution.journal.all_done(_state(len(execution.layers), [fits]))
 
 
 def _state(layers: int, fits: Sequence[Sequence[Fit]]) -> dict[str, Any]:
@@ -96,7 +96,7 @@ _Run = tuple[list[WatchedProduct], torch.Tensor | None]
 """Of a layer: copies of the products with the weights of a step, and its output if it ran to the end."""
 
 
-class _Walk:
+class _DenseRun:
     """One run of the dense model, with a `_Repair` beside it for each of ``tasks``. ``dense``: h before the current
     layer. ``journal``: keeps the hidden states."""
 
