@@ -16,15 +16,19 @@ from pathlib import Path
 from typing import Any
 
 
-def run(*arguments: str, timeout: int = 3600, module: str = "llmpruner") -> dict[str, Any]:
+def run(
+    *arguments: str, timeout: int = 3600, module: str = "llmpruner", checkout: Path | None = None
+) -> dict[str, Any]:
     """``llmpruner ARGUMENTS``, or those of another ``module``: wall seconds, peak resident MiB, and standard output.
-    Raises on a non-zero exit, as after ``timeout`` seconds, when it is killed.
+    ``checkout``: the version of the core to run; by default this one. Raises on a non-zero exit, as after ``timeout``
+    seconds, when it is killed.
 
     Import no torch into the process that calls this: Linux counts what a parent holds into its child's peak.
     """
     started = time.monotonic()
     command = [sys.executable, "-m", module, *arguments]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    # Python takes packages from the current folder first.
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, cwd=checkout)
     limit = threading.Timer(timeout, process.kill)
     limit.start()
     output = process.stdout.read()

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import subprocess
 import tempfile
 from collections import defaultdict
@@ -46,9 +45,8 @@ def measure(seed: int, checkout: Path, options: list[str]) -> dict[str, Any]:
     head = subprocess.run(command, capture_output=True, text=True, check=True)
     with tempfile.TemporaryDirectory() as work:
         output = str(Path(work) / "pruned")
-        os.environ["PYTHONPATH"] = str(checkout)
-        done = run("prune", "demo", "--ratio", "0.2", "--set", f"prune.seed={seed}", *options, "-o", output)
-        del os.environ["PYTHONPATH"]
+        arguments = ("prune", "demo", "--ratio", "0.2", "--set", f"prune.seed={seed}", *options, "-o", output)
+        done = run(*arguments, checkout=checkout)
         stages = {
             stage["name"]: stage["seconds"] for stage in json.loads((Path(output) / "run.json").read_text())["stages"]
         }
