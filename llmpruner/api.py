@@ -22,7 +22,6 @@ from .catalog import Catalog
 from .component import check_chosen
 from .errors import DataError, PlanError, SettingsError
 from .evaluation.bench import Runtime
-from .evaluation.evaluate import chosen_metrics
 from .exporters import export as _export
 from .files import check_new_directory, check_new_file, write_text
 from .keywords import (
@@ -44,7 +43,6 @@ from .recipes.recipe import Recipe
 from .report.base import Report, ReportSection, report_page
 from .settings import (
     BenchSettings,
-    EvaluateSettings,
     GenerateSettings,
     LoadSettings,
     PageSettings,
@@ -246,7 +244,7 @@ def evaluate(
     """
     catalog = catalog or load_catalog()
     references = [_reference(model, catalog) for model in listed(models)]
-    metrics = chosen_metrics(settings_from(EvaluateSettings, settings), catalog)
+    metrics = _job("evaluate", settings, catalog)
     opener = _opener(load, catalog, progress)
     from .evaluation.evaluate import ComparedModel
     from .evaluation.evaluate import evaluate as _evaluate
@@ -280,9 +278,7 @@ def bench(
     opener = _opener(load, catalog, progress)
     from .evaluation.bench import bench as _bench
     from .evaluation.bench import bench_subject
-    from .models.devices import device_of
 
-    device_of(opener.load.device)  # refused before any model is opened
     return _bench([bench_subject(each, options, opener) for each in references], runtime, options, progress)
 
 
@@ -409,7 +405,8 @@ def verify_checkpoint(
     """Check a checkpoint directory: files against the hashes in its record, shapes against its plans, and weights and
     logits against the dense model, if it is on this machine. ``base``: the dense model, instead of that in the record.
     Damage is in the result."""
-    opener = _opener(load, catalog or load_catalog(), progress)
+    on_cpu = (load or LoadSettings()).model_copy(update={"device": "cpu"})
+    opener = _opener(on_cpu, catalog or load_catalog(), progress)
     from .pruning.verify import verify_checkpoint as _verify_checkpoint
 
     named = None if base is None else str(base)
@@ -473,9 +470,13 @@ def _reference(model: Source, catalog: Catalog) -> Reference | Structure:
 
 
 def _opener(load: LoadSettings | None, catalog: Catalog, progress: Progress) -> Opener:
-    """Imports torch."""
+    """Imports torch. Raises `LlmprunerError` for a device that is not there."""
     if load is not None and not isinstance(load, LoadSettings):
         raise SettingsError(f"load = {load!r}: write load=LoadSettings(dtype=…, device=…)")
+    if load is not None and load.device != "auto":
+        from .models.devices import device_of
+
+        device_of(load.device)
     from .discovery.opening import Opener
 
     return Opener(catalog, load or LoadSettings(), progress if is_first() else QUIET)

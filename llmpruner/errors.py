@@ -68,7 +68,7 @@ class MissingExtraError(LlmprunerError):
     """An optional dependency is not installed."""
 
     def __init__(self, package: str, extra: str) -> None:
-        super().__init__(f"{package} is not installed; run: pip install 'llmpruner[{extra}]'")
+        super().__init__(f"{package} is not installed; run in llmpruner's checkout: pip install '.[{extra}]'")
 
 
 def no_bias(parameter: str) -> UnsupportedModelError:
@@ -98,15 +98,21 @@ def naming(place: str) -> Iterator[None]:
 
 MEANT = {
     "heads": "attention", "neurons": "mlp", "ffn": "mlp", "blocks": "layer", "depth": "layer", "tokens": "vocabulary",
+    "vocab": "vocabulary", "quantize": "export", "quantise": "export", "convert": "export",
     "--sparsity": "--ratio", "--amount": "--ratio", "--criterion": "--importance", "--dataset": "--data",
     "--format": "--to",
     "magnitude": "l2", "hf": "stock", "safetensors": "stock", "llama.cpp": "gguf", "ollama": "gguf", "sft": "full",
 }  # fmt: skip
-"""Names in use elsewhere → names here, of options and of their values."""
+"""Names in use elsewhere → names here, of commands, of options and of their values."""
+_TO_GGUF = "`llmpruner export MODEL --to gguf --set gguf.quant=q4_k_m`"
+ELSEWHERE = {"kl": "--kl", "--quantize": _TO_GGUF, "--quantise": _TO_GGUF, "--quant": _TO_GGUF}
+"""Names of what another option or command does."""
 
 
 def near(name: str, known: Iterable[str]) -> str:
     """``; did you mean ratio?`` for the name in ``known`` that `MEANT` gives, or those spelled like it; or empty."""
+    if instead := ELSEWHERE.get(name.lower()):
+        return f"; use {instead}"
     known = sorted(known)
     other = MEANT.get(name.lower(), name.lower())
     names = [other] if other in known else difflib.get_close_matches(name.lower(), known, n=3, cutoff=0.5)

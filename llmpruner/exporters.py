@@ -8,10 +8,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
-from pydantic import Field
-
-from .component import Component, ComponentSettings
-from .errors import CheckpointError, PluginError, SettingsError
+from .component import Component
+from .errors import CheckpointError, PluginError
 from .files import new_directory
 from .progress import QUIET, Progress
 
@@ -134,24 +132,11 @@ class StockExporter(Exporter):
     name = "stock"
     summary = "a checkpoint that transformers alone loads: config.json and safetensors, in a stock model class"
 
-    class Settings(ComponentSettings):
-        tie: bool = Field(
-            False, description="Make the embedding and the head one matrix again, where a GGUF file holds it twice."
-        )
-
-    settings: Settings
-
     def export(self, task: ExportTask) -> str:
-        from .models import gguf, save
+        from .models import save
         from .models.opening import load_pruned
 
         model = task.model
-        if self.settings.tie:
-            if not gguf.stored_twice(model):
-                raise SettingsError("stock.tie=true is for a model that holds its embedding twice; leave it out")
-            # The head is the one to keep: llama.cpp gives it more bits.
-            model.get_input_embeddings().weight = model.get_output_embeddings().weight
-            model.config.tie_word_embeddings = True
         tokenizer, family = task.loaded.tokenizer, task.loaded.family
         save.save_checkpoint(model, task.directory, record=None, tokenizer=tokenizer, family=family, stock_only=True)
         again = load_pruned(task.directory, dtype=model.dtype, device=model.device)

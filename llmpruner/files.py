@@ -56,7 +56,7 @@ def new_directory(directory: Path) -> Iterator[Path]:
     """Yields a temporary directory, which becomes ``directory`` at the end and is removed when anything fails. Raises
     `OutputError` when ``directory`` exists or cannot be written."""
     if directory.exists():
-        raise OutputError(f"output directory '{directory}' exists already; choose another or remove it")
+        raise OutputError(f"output directory '{directory}' exists already; choose another")
     partial = directory.with_name(f".{directory.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed
     try:
@@ -118,7 +118,7 @@ def check_new_directory(path: Path) -> Path:
     """``path``, if a directory can be created there. Raises `OutputError`."""
     with writing(path):
         if path.exists() or path.is_symlink():
-            raise OutputError(f"output directory '{path}' exists already; choose another or remove it")
+            raise OutputError(f"output directory '{path}' exists already; choose another")
         _check_parent(path)
     return path
 

@@ -13,10 +13,14 @@ T = TypeVar("T")
 
 
 class Progress:
-    """Shows nothing; a subclass overrides `status` and `bar`."""
+    """Shows nothing; a subclass overrides `status` and `bar`, and `seconds` where it has a clock."""
 
     def status(self, label: str) -> None:
         """Show ``label``, for a stage of unknown length."""
+
+    def seconds(self) -> float | None:
+        """Since the command began; None outside of a command."""
+        return None
 
     @contextmanager
     def bar(self, label: str) -> Iterator[Callable[[float, str], None]]:

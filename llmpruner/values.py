@@ -114,6 +114,11 @@ def refusal(error: ValidationError, label: Callable[[str], str] = str) -> str:
     hint = ""
     if first["type"] == "less_than" and first["ctx"]["lt"] == 1 < float(first["input"]) < 100:
         hint = f"; {float(first['input']) / 100:g} for {first['input']} %?"
+    if first["type"] == "float_parsing":
+        if percent := re.fullmatch(r"(\d+(?:\.\d+)?) *%", first["input"]):
+            hint = f"; {float(percent[1]) / 100:g} for {first['input']}?"
+        elif re.fullmatch(r"\d+,\d+", first["input"]):
+            hint = f"; {first['input'].replace(',', '.')} with a point?"
     return f"{key} {value}: {message[0].lower()}{message[1:]}{hint}"
 
 

@@ -46,6 +46,7 @@ RUN = {
     "settings": "The settings that the user gave.",
     "stages": "The stages in their order: `name`, `seconds`, and `peak_bytes`, the most memory that the process had "
     "taken by the end of the stage. What an interrupted run had done before is not among them.",
+    "seconds": "From the start of the command until it was saved; of a call from Python, of all stages.",
     "machine": "System, processor, cores, bytes of memory, and the device that computed.",
     "versions": "Versions of Python and of the libraries that results depend on most.",
     "step": "The step of a [recipe](recipes.md#the-output) that made the folder: its `number`, `name`, `inputs`, "

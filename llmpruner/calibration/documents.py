@@ -96,10 +96,11 @@ def document(record: Record) -> str:
 
 
 def check_source(source: str, read: Callable[[Record], object] = document, expected: str = EXPECTED_TEXT) -> None:
-    """Read the first record of a source with ``read``, before long work starts. Raises `DataError`."""
-    if (first := next(read_records(source, expected), None)) is None:
-        raise DataError(f"{source} holds no records")
-    read(first)
+    """Read a source with ``read`` up to the first record that is not blank, before long work starts. Raises
+    `DataError`."""
+    values = map(read, read_records(source, expected))
+    if not any(value.strip() if isinstance(value, str) else True for value in values):
+        raise DataError(f"{source} holds no {'text' if read is document else 'records'}")
 
 
 def _whole_text(path: Path) -> Iterator[Record]:

@@ -12,6 +12,7 @@ from typer.models import CommandInfo, TyperInfo
 
 from .. import __version__
 from ..catalog import Catalog
+from ..errors import SettingsError, near
 from ..plugins.manager import PluginManager
 from . import process
 from .console import warning_line
@@ -53,6 +54,12 @@ def build_app(manager: PluginManager | None = None) -> typer.Typer:
             # At the end: a plugin may turn out to be broken when its components are first looked up.
             ctx.call_on_close(lambda: list(map(warning_line, broken)))
             return super().invoke(ctx)
+
+        def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+            if not args[0].startswith("-") and args[0] not in self.commands:
+                hint = near(args[0], self.commands)
+                raise SettingsError(f"llmpruner has no command '{args[0]}'{hint}; see llmpruner --help")
+            return super().resolve_command(ctx, args)
 
     app = typer.Typer(
         cls=Group, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode="rich", help=HELP

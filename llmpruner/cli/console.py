@@ -13,6 +13,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, TextIO
 
+import psutil
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import Progress as Bar
@@ -116,6 +117,9 @@ class RichProgress(Progress):
                 self.status(f"{now}, {share:.0%} done" + (f", {left} left" if share else ""))
 
         yield line
+
+    def seconds(self) -> float:
+        return round(time.time() - psutil.Process().create_time(), 1)
 
     def status(self, label: str) -> None:
         self._last_line = time.monotonic()

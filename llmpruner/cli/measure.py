@@ -54,6 +54,12 @@ def show_evaluations(results: Evaluations) -> None:
     names = [result.name for result in results]
     short = [Path(name).name for name in names]
     table(None, ("", *(short if len(set(short)) == len(short) else names)), rows)
+    meanings = {
+        "MACs": "MACs: multiply-accumulate operations to decode a token",
+        "KL": "KL: how far predictions are from those of the first model, in nats per token (0: the same)",
+    }
+    if said := [text for start, text in meanings.items() if any(label.startswith(start) for label, *_ in rows)]:
+        note("; ".join(said))
 
 
 @takes(BenchSettings, LoadSettings)

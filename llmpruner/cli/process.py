@@ -9,10 +9,12 @@ import os
 import signal
 import sys
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
+from ..component import Component
 from ..errors import LlmprunerError, ProcessError, SettingsError, first_line, is_out_of_memory
 from ..files import write_failure
 from ..progress import is_first, launched
@@ -59,7 +61,7 @@ def run(command: Callable[[], object], arguments: Sequence[str], *, debug: bool)
     except Exception as error:
         if ranks is not None:  # else it may raise once more, while this process waits for the first to print
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        line = _message_of(error)
+        line = _message_of(error) or _failed_plugin(error)
         if line is None:
             raise
         # Of processes that cannot connect, the first one says so, or has failed before and said why.
@@ -98,6 +100,23 @@ def _message_of(error: Exception) -> str | None:
         hint = "--max-memory of plan and prune, fewer or shorter samples, a smaller batch or --dtype, or --device cpu"
         return f"out of memory ({first_line(error)}); what helps: {hint}"
     return None
+
+
+def _failed_plugin(error: Exception) -> str | None:
+    """The component of a plugin that raised an exception, and where; None for defects of the core."""
+    frames = list(traceback.walk_tb(error.__traceback__))
+    components = [frame.f_locals["self"] for frame, _ in frames if isinstance(frame.f_locals.get("self"), Component)]
+    of_plugins = [each for each in components if not type(each).__module__.startswith("llmpruner.")]
+    if not of_plugins:
+        return None
+    component, package = of_plugins[-1], type(of_plugins[-1]).__module__.partition(".")[0]
+    file, line = [
+        (Path(frame.f_code.co_filename).name, line)
+        for frame, line in frames
+        if frame.f_globals.get("__name__", "").partition(".")[0] == package
+    ][-1]
+    what = f"{component.label()} of {package} failed in {file}, line {line}"
+    return f"{what}: {type(error).__name__}: {first_line(error)}; --debug shows the traceback"
 
 
 def _ended(*_: object) -> NoReturn:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -68,18 +67,18 @@ def prune(
     """
     from .. import api
 
-    started = time.monotonic()
-    if "," in arguments.get("ratio", "") and plan_file is None:
+    ratio = arguments.get("ratio", "")
+    if "," in ratio and not ratio.startswith("0,") and plan_file is None:
         made = api.prune_each(model, ratios=names_of(arguments.pop("ratio")), output=output, **arguments)
         folders = [each.ref for each in made]
         write_next_to(output, arguments, sentences=not as_json, checkpoints=[Path(f) for f in folders])
         if as_json:
             print_json([{"plan": each.plans[-1].model_dump(mode="json"), "output": each.ref} for each in made])
         else:
-            done_line(f"{', '.join(folders)} in {time.monotonic() - started:.1f} s")
+            done_line(f"{', '.join(folders)} in {arguments['progress'].seconds()} s")
         return
     pruned = api.prune(model, plan=plan_file, output=output, **arguments)
-    seconds = round(time.monotonic() - started, 1)
+    seconds = arguments["progress"].seconds()
     write_next_to(output, arguments)
     pruning_plan, outcome = pruned.plans[-1], pruned.outcome
     assert outcome is not None
@@ -147,11 +146,10 @@ def recover(model: ModelName, output: Output, arguments: dict[str, Any], as_json
     """
     from .. import api
 
-    started = time.monotonic()
     recovered = api.recover(model, output=output, **arguments)
     assert recovered.record is not None
     record = recovered.record["recovery"][-1]
-    seconds = round(time.monotonic() - started, 1)
+    seconds = arguments["progress"].seconds()
     if as_json:
         result = {"model": model, **record, "output": str(output), "checkpoint": recovered.form}
         print_json({**result, "seconds": seconds})

@@ -30,10 +30,11 @@ from ..errors import (
 from ..files import WEIGHTS
 from ..models.devices import described, device_of
 from ..models.family import AUTO, ModelFamily
+from ..models.gguf import SAME, head_difference
 from ..models.messages import ALLOW, from_pretrained, in_one_line, quiet_transformers
 from ..models.meta import register_model_class
 from ..models.model import Model, Structure
-from ..models.numbers import dtype_of, widened
+from ..models.numbers import dtype_of, stored_dtype, widened
 from ..models.opening import load_model, open_streamed, pruned_class
 from ..models.record import read_any_record, read_record, sampled_sha256
 from ..models.reference import Reference, resolve
@@ -42,7 +43,7 @@ from ..progress import QUIET, Progress
 from ..settings import LoadSettings, settings_from
 from ..structure.kept import restrict
 from ..structure.plan import PruningPlan, structure_of
-from ..values import refusal
+from ..values import count_text, refusal
 from .groups import build_graph
 
 _LOG = logging.getLogger("llmpruner")
@@ -109,7 +110,8 @@ class Opener:
     def as_stored(self, source: Source | Reference) -> Model:
         """A model in memory; unless a dtype was chosen, float16 stays float16, on a CPU too."""
         opened = self.structure(source)
-        dtype = "float16" if widened(opened, self.load) else self.load.dtype
+        half = self.load.dtype == "auto" and stored_dtype(opened) == torch.float16
+        dtype = "float16" if half else self.load.dtype
         return replace(self, load=self.load.model_copy(update={"dtype": dtype})).weights(opened)
 
     def weights(self, opened: Structure, *, streamed: bool = False, scratch: Path | None = None) -> Model:
@@ -196,6 +198,7 @@ def _dense_structure(reference: Reference, opener: Opener) -> Structure:
     with in_one_line(reference):
         reference = reference.at_commit(load.revision)
     config = _read_config(reference, load)
+    _tie_quantised(reference, config, opener.progress)
     if getattr(config, "llmpruner", None) is not None:
         lacks = f"'{reference.ref}' was pruned to layers of different sizes, and llmpruner.json, which says how, is not"
         advice = "download the whole repository (hf download REPO --local-dir DIR), and name its folder"
@@ -252,6 +255,18 @@ def _read_config(reference: Reference, load: LoadSettings) -> PreTrainedConfig:
         with in_one_line(reference), quiet_transformers():
             register_model_class(config, reference.commit)
     return config
+
+
+def _tie_quantised(reference: Reference, config: PreTrainedConfig, progress: Progress) -> None:
+    """Tie the embedding and the head of a GGUF file that holds one matrix twice, quantised apart."""
+    if reference.gguf_file is None or config.tie_word_embeddings:
+        return
+    difference = head_difference(reference.directory / reference.gguf_file)
+    if difference is not None and difference < SAME:
+        config.tie_word_embeddings = True
+        fewer = count_text(config.vocab_size * config.hidden_size)
+        what = f"'{reference.ref}' stores its embedding twice: as the head, it differs by {difference:.1%}"
+        progress.status(f"{what}, by quantisation; read once, as in the original ({fewer} parameters fewer)")
 
 
 def base_record(loaded: Structure) -> dict[str, str]:

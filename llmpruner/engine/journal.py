@@ -64,8 +64,11 @@ class Journal:
         identity = self.folder / _RUN
         if identity.is_file() and identity.read_text(encoding="utf-8") != self._identity:
             if self._done():
+                before, now = (_flat(json.loads(text)) for text in (identity.read_text("utf-8"), self._identity))
+                changed = {name: (before.get(name), now.get(name)) for name in sorted({**before, **now})}
+                differ = (f"{name} ({a}, now {b})" for name, (a, b) in changed.items() if a != b)
                 raise OutputError(
-                    f"'{self.folder}' has the results of an interrupted run with other settings, files or versions; "
+                    f"'{self.folder}' has the results of an interrupted run that differs in {', '.join(differ)}; "
                     "continue that one with its own command, or start anew with --restart, which removes them"
                 )
             for file in self.folder.iterdir():
@@ -162,3 +165,11 @@ def recalled(journal: Journal | None, name: str, make: Callable[[], Any]) -> Any
         if journal is not None:
             journal.store(name, value)
     return value
+
+
+def _flat(value: Any, name: str = "") -> dict[str, Any]:
+    """The values of nested mappings by ``outer.inner``."""
+    if not isinstance(value, Mapping):
+        return {name: value}
+    parts = (_flat(each, f"{name}.{key}" if name else key) for key, each in value.items())
+    return {key: each for part in parts for key, each in part.items()}

@@ -36,16 +36,18 @@ class Stages:
 
 
 def write_run(
-    directory: Path, stages: Stages, command: str, model: str, settings: Mapping[str, Any], device: str
-) -> None:
+    directory: Path, stages: Stages, command: str, model: str, settings: Mapping[str, Any], device: str,
+    seconds: float | None,
+) -> None:  # fmt: skip
     """Write ``run.json``. ``model``: the reference to it; ``settings``: what the user set, as JSON values; ``device``:
-    that computed."""
+    that computed; ``seconds``: since the command began, see `Progress.seconds`."""
     libraries = ("llmpruner", "torch", "transformers")
     value = {
         "command": command,
         "model": model,
         "settings": dict(settings),
         "stages": list(stages.done.values()),
+        "seconds": seconds or round(sum(stage["seconds"] for stage in stages.done.values()), 1),
         "machine": {
             "system": f"{platform.system()} {platform.machine()}",
             "processor": _processor(),

@@ -38,7 +38,7 @@ class Row:
         value = self.value
         if value is None:
             return "-"
-        if self.label.endswith("bytes"):
+        if "bytes" in self.label:
             return bytes_text(value)
         if 1e5 <= value < math.inf:
             return count_text(value)
@@ -149,7 +149,6 @@ def evaluate(
     if comparing and len(models) == 1:
         raise SettingsError(f"{comparing[0].label()} compares models with the first, and only one is named; name more")
     for metric in metrics:
-        metric.prepare()
         metric.check_models(models)
     from ..models.numbers import first_not_finite
 

@@ -18,6 +18,7 @@ from ..calibration.conversations import read_examples
 from ..calibration.documents import PYDOC, read_text
 from ..component import ComponentSettings
 from ..errors import DataError, ModelError, SettingsError
+from ..files import weights_size
 from .evaluate import ComparedModel, Metric, MetricSubject, Row
 
 if TYPE_CHECKING:
@@ -53,7 +54,9 @@ def size(model: PreTrainedModel, graph: CouplingGraph, *, context: int = 512) ->
 
 class SizeMetric(Metric):
     name = "size"
-    summary = "parameters, bytes of the weights, and multiply-accumulate operations per decoded token"
+    summary = (
+        "parameters, bytes of the weights in memory and in files, and multiply-accumulate operations per decoded token"
+    )
 
     class Settings(ComponentSettings):
         context: int = Field(512, ge=0, description="Tokens in the cache when operations are counted.")
@@ -61,11 +64,16 @@ class SizeMetric(Metric):
     settings: Settings
 
     def measure(self, subject: MetricSubject) -> Mapping[str, Any]:
-        return asdict(size(subject.model, subject.graph, context=self.settings.context))
+        stored = weights_size(Path(subject.name))
+        sizes = asdict(size(subject.model, subject.graph, context=self.settings.context))
+        return {**sizes, "file_bytes": stored or None}
 
     def rows(self, result: Mapping[str, Any]) -> Sequence[Row]:
-        labels = ("parameters", "decoder parameters", "weight bytes", "MACs per token")
-        return [Row(label, result[label.lower().replace(" ", "_")], False) for label in labels]
+        labels = {
+            "parameters": "parameters", "decoder parameters": "decoder_parameters", "bytes in memory": "weight_bytes",
+            "bytes in files": "file_bytes", "MACs per token": "macs_per_token",
+        }  # fmt: skip
+        return [Row(label, result.get(name), False) for label, name in labels.items()]
 
 
 class PerplexityMetric(Metric):

@@ -14,8 +14,13 @@ import numpy as np
 from transformers import modeling_gguf_pytorch_utils as legacy
 from transformers.utils import logging
 
+from ..errors import CheckpointError, first_line
+
 RECORDED_PRE = "gguf_pre"
 """Key of ``tokenizer_config.json``: the name that the GGUF file of the dense model has for its pre-tokenizer."""
+
+SAME = 0.15
+"""`head_difference` of an embedding that was quantised to 4 and to 6 bits is 0.08; of separate matrices, about 1.4."""
 
 _load_original = legacy.load_gguf_checkpoint
 
@@ -57,7 +62,11 @@ def _parsed(path: str, changed: int) -> Any:
     def set_plain(reader: Any, name: str, value: Any) -> None:
         object.__setattr__(reader, name, value.view(np.ndarray) if name == "data" else value)
 
-    return type("PlainReader", (GGUFReader,), {"__setattr__": set_plain})(path)
+    try:
+        return type("PlainReader", (GGUFReader,), {"__setattr__": set_plain})(path)
+    except (ValueError, IndexError) as error:  # of numpy, where less is in the file than its header says
+        reason = "is truncated" if "reshape" in str(error) else f"is damaged ({first_line(error)})"
+        raise CheckpointError(f"{path} {reason}; download or write it again") from error
 
 
 @lru_cache(maxsize=1)
@@ -73,11 +82,16 @@ def _load_gguf_checkpoint(gguf_checkpoint_path: str, return_tensors: bool = Fals
     return copy.deepcopy(_metadata(path, Path(path).stat().st_mtime_ns))
 
 
-def stored_twice(model: Any) -> bool:
-    """Whether the head is the embedding in another quantisation: makers tie them, and files may hold both."""
-    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
-    if head is None or head.weight is embedding.weight or head.weight.shape != embedding.weight.shape:
-        return False
-    rows = slice(None, None, max(1, len(head.weight) // 1000))
-    a, b = head.weight[rows].detach().float(), embedding.weight[rows].detach().float()
-    return float((a - b).norm() / b.norm()) < 0.1
+def head_difference(path: Path) -> float | None:
+    """How far the head of a GGUF file is from its embedding: the norm of their difference in a thousand rows, as a
+    share of the embedding's. Quantised apart, one matrix differs by less than `SAME`; None for one that is stored once.
+    """
+    import gguf
+
+    tensors = {tensor.name: tensor for tensor in gguf_reader(path).tensors}
+    both = [tensors[name] for name in ("output.weight", "token_embd.weight") if name in tensors]
+    if len(both) < 2 or tuple(both[0].shape) != tuple(both[1].shape):
+        return None
+    step = max(1, int(both[0].shape[-1]) // 1000)
+    head, embedding = (gguf.dequantize(tensor.data[::step], tensor.tensor_type) for tensor in both)
+    return float(np.linalg.norm(head - embedding) / np.linalg.norm(embedding))

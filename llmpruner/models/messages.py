@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import linecache
+import struct
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +14,7 @@ import torch
 from torch import nn
 from transformers.utils import logging
 
-from ..errors import LlmprunerError, MissingExtraError, ModelError, first_line, is_out_of_memory
+from ..errors import CheckpointError, LlmprunerError, MissingExtraError, ModelError, first_line, is_out_of_memory
 from ..progress import only_errors
 from .gguf import gguf_parsed_once
 from .record import names_in
@@ -77,6 +78,8 @@ def in_one_line(reference: Reference) -> Iterator[None]:
     except Exception as error:
         if is_out_of_memory(error):  # the command says what helps
             raise
+        if isinstance(error, struct.error):  # of a GGUF file
+            raise CheckpointError(f"{reference.ref} is truncated; download or write it again") from error
         if isinstance(error, ImportError) and "gguf" in str(error).lower():
             raise MissingExtraError("gguf", "gguf") from error
         if "trust_remote_code" in str(error):

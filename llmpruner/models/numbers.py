@@ -13,6 +13,7 @@ from torch.overrides import TorchFunctionMode
 
 from ..files import read_json
 from ..settings import LoadSettings
+from ..values import bytes_text
 from .devices import CPU, device_of, multiplies_bfloat16_fast
 
 if TYPE_CHECKING:
@@ -40,6 +41,13 @@ def loaded_bytes(structure: Structure, options: LoadSettings) -> int:
 
 def widened(structure: Structure, options: LoadSettings) -> str | None:
     """A line for a model that takes more room once it is saved than it was stored in; None for others."""
+    if gguf := structure.reference.gguf_file:
+        stored, size = (structure.reference.directory / gguf).stat().st_size, loaded_bytes(structure, options)
+        if size < 1.1 * stored:
+            return None
+        dtype = str(dtype_of(structure, options)).removeprefix("torch.")
+        what = f"'{structure.ref}' has {bytes_text(stored)}, in memory and once saved {bytes_text(size)} of {dtype}"
+        return f"{what}; quantise the result by export --to gguf --set gguf.quant=q4_k_m"
     if options.dtype != "auto" or stored_dtype(structure) != torch.float16 or dtype_of(structure, options).itemsize < 4:
         return None
     what = f"'{structure.ref}' is stored in float16, and is loaded and saved as float32, in which a CPU computes"

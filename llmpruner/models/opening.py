@@ -21,7 +21,7 @@ from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from ..errors import CheckpointError, MissingExtraError, ModelError, first_line, is_out_of_memory
 from ..settings import LoadSettings
 from .devices import CPU, device_of
-from .gguf import forget_gguf, stored_twice
+from .gguf import forget_gguf
 from .messages import ALLOW, from_pretrained, in_one_line, quiet_transformers
 from .model import Model, Structure
 from .modeling_llmpruner import base_class, pruned_model
@@ -81,12 +81,10 @@ def _read_model(structure: Structure, options: LoadSettings) -> PreTrainedModel:
             vars(model.config).pop(name, None)
         for name in ("hf_quantizer", "is_quantized", "quantization_method"):
             vars(model).pop(name, None)
-        if stored_twice(model):
-            _LOG.warning(
-                "'%s' holds its embedding twice, as the head in another quantisation: %.0f M parameters too many; "
-                "export it by --to stock --set stock.tie=true, and take the result",
-                reference.ref, model.get_output_embeddings().weight.numel() / 1e6,
-            )  # fmt: skip
+        if structure.config.tie_word_embeddings and not model.config.tie_word_embeddings:
+            # Stored twice. The head is the one to keep: llama.cpp gives it more bits.
+            model.get_input_embeddings().weight = model.get_output_embeddings().weight
+            model.config.tie_word_embeddings = True
     return model
 
 

@@ -92,7 +92,7 @@ def _check_amount(job: PruneJob, structure: Structure) -> None:
     if scope.kinds == (VOCABULARY,):
         step = widths.multiple(groups[0])
         raise SelectionError(f"the number of tokens that stay is a multiple of {step}; ask for fewer")
-    advice, multiple = "; ask for more", widths.round_to
+    advice, multiple = "; ask for more", max(map(widths.multiple, groups))
     if widths.uniform:
         advice = f" in all layers at once, at widths in multiples of {multiple}; ask for more, or for --shape free"
     elif multiple > 1:

@@ -98,7 +98,8 @@ def saved(model: Model, output: Path, execution: Execution, command: str, settin
     with execution.stages.stage("saving"):
         form = execution.ranks.from_first(lambda: save(model, output))
     if execution.ranks.first:
-        write_run(output, execution.stages, command, model.ref, settings, named(execution.weights.device))
+        device, seconds = named(execution.weights.device), execution.progress.seconds()
+        write_run(output, execution.stages, command, model.ref, settings, device, seconds)
     return replace(model, form=form)
 
 

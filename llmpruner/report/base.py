@@ -29,9 +29,12 @@ DENSE = "dense"
 
 @dataclass(frozen=True)
 class Costs(Size):
-    """The `Size` of a model by shapes. ``cache_bytes``: of the cache per token; None if unknown without weights."""
+    """The `Size` of a model by shapes. ``cache_bytes``: of the cache per token; None if unknown without weights.
+    ``file_bytes``: of its files with weights; None where they are not here. ``q4_bytes``: see `q4_bytes`."""
 
     cache_bytes: int | None = None
+    file_bytes: int | None = None
+    q4_bytes: int | None = None
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +18,7 @@ from ..engine.stages import read_step
 from ..errors import DataError, ModelError, UnsupportedModelError, first_line
 from ..evaluation.evaluate import Evaluation, Evaluations, Metric
 from ..evaluation.metrics import size
-from ..files import read_json
+from ..files import read_json, weights_size
 from ..models.meta import meta_model
 from ..models.record import RECORD_FILE, RESULTS_FILE, RUN_FILE
 from ..models.reference import model_identity
@@ -26,6 +27,7 @@ from .base import DENSE, Costs, ReportSubject
 
 if TYPE_CHECKING:
     from ..models.model import Structure
+    from ..structure.coupling import CouplingGraph
 
 
 def report_subjects(directories: Sequence[Path], files: Sequence[Path], opener: Opener) -> list[ReportSubject]:
@@ -174,18 +176,33 @@ def _costs(structure: Structure, folder: Path) -> tuple[Costs, Costs]:
     """Of the dense model and of the pruned one, which are built without weights."""
     graph, model = build_graph(structure.family, structure.config), meta_model(structure.config)
 
-    def costs() -> Costs:
+    def costs(place: str | Path) -> Costs:
         try:
             cache = sum(bytes_per_token(model, graph))
         except UnsupportedModelError:  # the cache does not grow with the tokens, or cannot be made on this device
             cache = None
-        return Costs(**asdict(size(model, graph)), cache_bytes=cache)
+        files = weights_size(Path(place)) if place else 0
+        return Costs(
+            **asdict(size(model, graph)), cache_bytes=cache, file_bytes=files or None, q4_bytes=q4_bytes(graph)
+        )
 
-    dense = costs()
+    dense = costs((structure.record or {}).get("base_path", ""))
     if (dtype := read_json(folder / "config.json").get("dtype")) is not None:
         import torch
 
         model.to(getattr(torch, dtype))
     for plan in structure.plans:
         graph = cut(model, graph, plan.kept, structure.family)
-    return dense, costs()
+    return dense, costs(folder)
+
+
+def q4_bytes(graph: CouplingGraph) -> int:
+    """Bytes of a GGUF file of type q4_0, as its exporter writes it: in the decoder 18 bytes for 32 weights of a row, 34
+    for those of tokens, 16 bits where rows hold no whole blocks."""
+    total = 0
+    for name, shape in graph.shapes.items():
+        if name not in graph.ties:
+            whole = 18 / 32 if graph.is_decoder(name) else 34 / 32
+            of_weight = 4 if len(shape) == 1 else whole if shape[-1] % 32 == 0 else 2
+            total += round(prod(shape) * of_weight)
+    return total

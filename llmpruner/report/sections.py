@@ -74,7 +74,9 @@ class CostSection(ReportSection):
         pairs: list[tuple[str, float | None, float | None, Any]] = [
             ("Parameters", dense.parameters, pruned.parameters, count_text),
             ("Parameters of the decoder", dense.decoder_parameters, pruned.decoder_parameters, count_text),
-            ("Bytes of the weights", dense.weight_bytes, pruned.weight_bytes, bytes_text),
+            ("Weights in memory", dense.weight_bytes, pruned.weight_bytes, bytes_text),
+            ("Files", dense.file_bytes, pruned.file_bytes, bytes_text),
+            ("As a GGUF file of type q4_0", dense.q4_bytes, pruned.q4_bytes, bytes_text),
             ("MACs per token", dense.macs_per_token, pruned.macs_per_token, count_text),
             ("KV cache per token, bytes", dense.cache_bytes, pruned.cache_bytes, "{:,}".format),
         ]
@@ -158,7 +160,8 @@ class OriginSection(ReportSection):
                 settings |= {f"{name}.{key}": value for key, value in values.items()}
             measured = [(stage["name"], stage["seconds"], stage["peak_bytes"]) for stage in run["stages"]]
             stages = [(name, f"{s:,.1f}", "–" if peak is None else bytes_text(peak)) for name, s, peak in measured]
-            stages.append(("all", f"{sum(seconds for _, seconds, _ in measured):,.1f}", ""))
+            total = run.get("seconds", 0) or sum(seconds for _, seconds, _ in measured)
+            stages.append(("from start to end", f"{total:,.1f}", ""))
             runs.append((run, settings, stages))
         steps = [(step["name"], step["command"], f"{step['seconds']:,.1f}") for step in subject.steps]
         return rendered("origin.html.j2", runs=runs, plans=subject.record["plans"], steps=steps)

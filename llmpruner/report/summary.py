@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from math import inf
 from statistics import fmean
 from typing import Any
 
+from ..structure.coupling import MLP, VOCABULARY
 from ..values import bytes_text, count_text, counted, without_folders
 from .base import DENSE, ReportSection, ReportSubject, rendered
 from .chart import Point, Series, drawn
@@ -41,7 +43,8 @@ def figures(subject: ReportSubject) -> dict[str, Pair]:
     """``parameters``, ``weights`` and, where both models were measured, ``decode``, ``perplexity`` and ``tasks``."""
     dense, cut = subject.dense, subject.costs
     decoder = Pair("Parameters of the decoder", dense.decoder_parameters, cut.decoder_parameters, count_text)
-    pairs = {"parameters": decoder, "weights": Pair("Weights", dense.weight_bytes, cut.weight_bytes, bytes_text)}
+    weights = Pair("Weights in memory", dense.weight_bytes, cut.weight_bytes, bytes_text)
+    pairs = {"parameters": decoder, "weights": weights}
     for bench in subject.benches:
         models = {model["name"]: model["decode"] for model in bench["cases"][0]["models"]}
         if {DENSE, subject.name} <= models.keys():
@@ -95,13 +98,39 @@ def sentence(subject: ReportSubject) -> str:
     return f"{text} {verdict(subject.record['recovery'][-1])}" if subject.recovered else text
 
 
+LEVELS = (
+    (1.02, "as good as the dense model on"), (1.1, "slightly worse on"), (1.25, "worse on"), (inf, "much worse on"),
+)  # fmt: skip
+"""Bits per byte, as multiples of the dense model's, up to which these words hold."""
+
+
+def in_words(subject: ReportSubject) -> str:
+    """What the model is good for: on which texts it is how much worse, the best first; empty where none is measured."""
+    ratios: dict[str, float] = {}
+    for measured in subject.measured:
+        first, second = (_texts_of(measured.of(name).get("perplexity", {})) for name in (DENSE, subject.name))
+        ratios |= {without_folders(text): second[text] / first[text] for text in first if text in second}
+    said: dict[str, list[str]] = {}
+    for text, ratio in sorted(ratios.items(), key=lambda item: item[1]):
+        words = next(words for limit, words in LEVELS if ratio <= limit)
+        said.setdefault(words, []).append(f"{text} ({ratio - 1:+.0%} bits per byte)")
+    return "; ".join(f"{words} {', '.join(texts)}" for words, texts in said.items())
+
+
+def _texts_of(perplexity: Mapping[str, Any]) -> dict[str, float]:
+    """Text → bits per byte."""
+    every = {perplexity.get("text"): perplexity, **perplexity.get("others", {})}
+    return {text: values["bits_per_byte"] for text, values in every.items() if values.get("bits_per_byte")}
+
+
 class SummarySection(ReportSection):
     name = "summary"
     summary = "what was won and lost: size, speed, quality"
     order = 0
 
     def render(self, subject: ReportSubject) -> str:
-        return rendered("summary.html.j2", sentence=sentence(subject), pairs=figures(subject).values())
+        said, words = sentence(subject), in_words(subject)
+        return rendered("summary.html.j2", sentence=said, words=words, pairs=figures(subject).values())
 
 
 class ComparisonSection(ReportSection):
@@ -116,27 +145,46 @@ class ComparisonSection(ReportSection):
         pairs = {subject.name: figures(subject) for subject in subjects}
         measured = {name: of_model["perplexity"] for name, of_model in pairs.items() if "perplexity" in of_model}
         on = next((each.on for each in measured.values()), ())
-        places = {n: (pairs[n]["parameters"].pruned, each.pruned) for n, each in measured.items() if each.on == on}
+        places = {n: (pairs[n]["weights"].pruned, each.pruned) for n, each in measured.items() if each.on == on}
 
         def beaten(place: tuple[float, float]) -> bool:
             return any(other != place and other[0] <= place[0] and other[1] <= place[1] for other in places.values())
 
         best = [name for name, place in places.items() if not beaten(place)]
-        rows = [_row(subject, pairs[subject.name], on) for subject in subjects]
-        # The table is wide: without the columns that are known of no model.
-        known = [column for column in rows[0] if any(row[column] is not None for row in rows)]
+        rows = [_dense_row(subjects[0], pairs[subjects[0].name])]
+        rows += [_row(subject, pairs[subject.name], on) for subject in subjects]
+        # The table is wide: without the columns that are known of no pruned model.
+        known = [column for column in rows[1] if any(row.get(column) is not None for row in rows[1:])]
         methods = {subject.name: method_of(subject) for subject in subjects if subject.name in places}
+        verdicts = [(subject.name, words) for subject in subjects if (words := in_words(subject))]
+        answers = {answers[0]["prompt"]: answers for subject in subjects for answers in subject.answers}
         return rendered(
-            "comparison.html.j2", rows=[[row[column] or "–" for column in known] for row in rows], best=best,
-            columns=known, picture=_chart(pairs, methods, best) if places else None,
+            "comparison.html.j2", rows=[[row.get(column) or "–" for column in known] for row in rows], best=best,
+            columns=known, picture=_chart(pairs, methods, best) if places else None, verdicts=verdicts,
+            context=subjects[0].costs.context, answers=answers.values(),
         )  # fmt: skip
 
 
 def method_of(subject: ReportSubject) -> str:
-    """``taylor``, ``output-energy + refit``, ``output-energy + refit, recovered``."""
+    """``best``, ``fast, recovered``, ``taylor``, ``output-energy + refit``, and kinds that are not the usual ones."""
     plan = subject.plans[-1]
-    parts = [plan.estimation.criterion, *([plan.compensation.name] if plan.compensation else [])]
-    return " + ".join(parts) + (", recovered" if subject.recovered else "")
+    made = next((run["settings"] for run in reversed(subject.runs) if run["command"] == "prune"), {"plan": ""})
+    name = " + ".join([plan.estimation.criterion, *([plan.compensation.name] if plan.compensation else [])])
+    if not {"importance", "compensate", "plan"} & made.keys() and plan.selection.kinds != (VOCABULARY,):
+        name = made.get("method", "best")
+    kinds = "" if plan.selection.kinds == (MLP,) else f", {' and '.join(plan.selection.kinds)}"
+    return f"{name}{kinds}{', recovered' if subject.recovered else ''}"
+
+
+def _dense_row(subject: ReportSubject, pairs: Mapping[str, Pair]) -> dict[str, str | None]:
+    """The row of the dense model of ``subject``, with the columns that it has."""
+    cells = {name: pair.text(pair.dense) for name, pair in pairs.items()}
+    q4 = subject.dense.q4_bytes
+    return {
+        "Model": DENSE, "Decoder": cells["parameters"], "In memory": cells["weights"],
+        "As q4_0": bytes_text(q4) if q4 else None, "Perplexity": cells.get("perplexity"),
+        "Accuracy": cells.get("tasks"),
+    }  # fmt: skip
 
 
 def _row(subject: ReportSubject, pairs: Mapping[str, Pair], on: tuple[Any, ...]) -> dict[str, str | None]:
@@ -150,13 +198,14 @@ def _row(subject: ReportSubject, pairs: Mapping[str, Pair], on: tuple[Any, ...])
         if of_dense == 0 and divergence is None:  # the others were compared with it
             divergence = value
     cut = None if subject.recovered else subject.cut_quality
-    decode = pairs.get("decode")
+    decode, q4 = pairs.get("decode"), subject.costs.q4_bytes
     return {
         "Model": subject.name,
         "Method": method_of(subject),
         "Decoder": cells["parameters"],
         "Removed": f"{1 - pairs['parameters'].ratio:.1%}",
-        "Weights": cells["weights"],
+        "In memory": cells["weights"],
+        "As q4_0": bytes_text(q4) if q4 else None,
         "Perplexity": cells.get("perplexity"),
         "KL": None if divergence is None else f"{divergence:.4f}",
         "KL of the cut": None if divergence is not None or cut is None else f"{cut.kl_per_token:.4f}",
@@ -166,23 +215,23 @@ def _row(subject: ReportSubject, pairs: Mapping[str, Pair], on: tuple[Any, ...])
 
 
 def _chart(pairs: Mapping[str, Mapping[str, Pair]], methods: Mapping[str, str], best: Sequence[str]) -> str:
-    """Perplexity against millions of decoder parameters, a line for each method, and the dense model."""
+    """Perplexity against the bytes of the weights, a line for each method, and the dense model."""
     lines: dict[str, list[Point]] = {}
     for name, method in methods.items():
-        size, perplexity = pairs[name]["parameters"].pruned, pairs[name]["perplexity"].pruned
-        note = f"{name}: {count_text(size)} parameters in the decoder, perplexity {perplexity:.2f}"
+        size, perplexity = pairs[name]["weights"].pruned, pairs[name]["perplexity"].pruned
+        note = f"{name}: {bytes_text(size)} of weights, perplexity {perplexity:.2f}"
         note += ", best of its size" if name in best else ""
-        lines.setdefault(method, []).append(Point(size / 1e6, perplexity, note, name, ring=name in best))
+        lines.setdefault(method, []).append(Point(size / 2**20, perplexity, note, name, ring=name in best))
     series = []
     for number, (method, points) in enumerate(lines.items()):
         line = tuple(sorted(points, key=lambda p: p.x))
         series.append(Series(method, line, accent=number == 0, dashes=_DASHES[number % 4]))
     first = pairs[next(iter(methods))]
     dense = first["perplexity"].dense
-    point = Point(first["parameters"].dense / 1e6, dense, f"dense: perplexity {dense:.2f}", DENSE)
+    point = Point(first["weights"].dense / 2**20, dense, f"dense: perplexity {dense:.2f}", DENSE)
     perplexities = [point.y for points in lines.values() for point in points]
     return drawn(
-        "Perplexity against size: a point for each model, a line for each method", "million parameters in the decoder",
+        "Perplexity against size: a point for each model, a line for each method", "MiB of weights in memory",
         f"perplexity{first['perplexity'].note}", [*series, Series("", (point,))],
         log=max(perplexities) > 5 * min(perplexities), width=820, height=400,
     )  # fmt: skip

@@ -22,6 +22,8 @@ FEWEST_WIDTHS = 8
 """A default multiple leaves every group at least this many widths to choose from."""
 QUANTISED = 32
 """In GGUF and in torchao's int4, 32 or more weights of a row share a scale; widths must be multiples of it."""
+SUPER_BLOCK = 256
+"""Weights of a row that share scales in GGUF's k-quants (q4_k, q6_k …), which other rows can't have."""
 COUNTED = frozenset({ATTENTION, QUERY, LAYER, EXPERT})
 """Kinds whose units are not widths of matrix products."""
 
@@ -76,8 +78,9 @@ def _why_not(graph: CouplingGraph, kind: str) -> str:
 @dataclass(frozen=True)
 class Widths:
     """How many units groups may keep. ``uniform``: equal groups of all layers keep the same number: a configuration
-    states one. ``round_to``: kept widths are multiples of it; ``adapts``: halved where it leaves fewer widths than
-    `FEWEST_WIDTHS`. ``dense``: group name → units before earlier cuts, by which multiples are chosen."""
+    states one. ``round_to``: kept widths are multiples of it; ``adapts``: of `SUPER_BLOCK` where the dense width is
+    one and ten or more fit into it, else halved where it leaves fewer widths than `FEWEST_WIDTHS`. ``dense``: group
+    name → units before earlier cuts, by which multiples are chosen."""
 
     uniform: bool = False
     round_to: int = 1
@@ -94,6 +97,8 @@ class Widths:
             return group.multiple
         # There is one vocabulary, so free shapes align it too.
         of_tokens = group.kind == VOCABULARY
+        if self.adapts and not of_tokens and units % SUPER_BLOCK == 0 and units >= 10 * SUPER_BLOCK:
+            return lcm(SUPER_BLOCK, group.multiple)
         multiple = max(self.round_to, ALIGNMENT) if of_tokens else self.round_to
         while (self.adapts or of_tokens) and multiple > 1 and units < FEWEST_WIDTHS * multiple:
             multiple //= 2

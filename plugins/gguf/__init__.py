@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from llmpruner import (
     BenchSubject,
@@ -22,9 +22,14 @@ from llmpruner import (
     hookimpl,
 )
 
-Quant = Literal[
-    "q8_0", "q6_k", "q5_k_m", "q5_k_s", "q5_1", "q5_0", "q4_k_m", "q4_k_s", "q4_1", "q4_0", "iq4_nl", "iq4_xs",
-    "q3_k_l", "q3_k_m", "q3_k_s", "q2_k",
+OWN = ("q8_0", "q5_1", "q5_0", "q4_1", "q4_0")
+"""Types that the package gguf quantises to; llama.cpp does the others."""
+Quant = Annotated[
+    Literal[
+        "q8_0", "q6_k", "q5_k_m", "q5_k_s", "q5_1", "q5_0", "q4_k_m", "q4_k_s", "q4_1", "q4_0", "iq4_nl", "iq4_xs",
+        "q3_k_l", "q3_k_m", "q3_k_s", "q2_k",
+    ],
+    BeforeValidator(lambda name: name.lower() if isinstance(name, str) else name),  # llama.cpp writes Q4_K_M
 ]  # fmt: skip
 
 
@@ -46,7 +51,8 @@ class GgufExporter(Exporter):
             "auto", description="Type of matrices: f32, f16, bf16; auto: --dtype, or as the checkpoint stores them."
         )
         quant: Quant | None = Field(
-            None, description="Quantise with llama.cpp: q8_0, q6_k, q5_k_m, q4_k_m … (needs llama-cpp-python)."
+            None,
+            description="Quantise: q8_0, q5_1, q5_0, q4_1, q4_0; with llama-cpp-python also q6_k, q5_k_m, q4_k_m …",
         )
         pre: str | None = Field(
             None, description="llama.cpp's name for how the tokenizer splits text; by default found by its settings."
@@ -57,8 +63,12 @@ class GgufExporter(Exporter):
     def check(self) -> None:
         if find_spec("gguf") is None:
             raise MissingExtraError("gguf", "gguf")
-        if self.settings.quant is not None and find_spec("llama_cpp") is None:
-            raise MissingExtraError("llama-cpp-python", "llama-cpp")
+        quant = self.settings.quant
+        if quant is not None and quant not in OWN and find_spec("llama_cpp") is None:
+            raise ModelError(
+                f"llama-cpp-python, which quantises to {quant}, is not installed; run: pip install llama-cpp-python "
+                f"(it compiles llama.cpp, for 15 minutes on two cores), or take one of {', '.join(OWN)}"
+            )
 
     def export(self, task: ExportTask) -> str:
         from .export import export_gguf
@@ -90,15 +100,15 @@ class LlamaCppRuntime(Runtime):
         return LlamaCppSession(subject.path, dtype, subject), work
 
 
-class LlamaCppRecipe(NamedRecipe):
-    name = "llama-cpp"
-    summary = "uniform widths for llama.cpp, distillation, and a GGUF file of type q4_k_m"
-    path = Path(__file__).with_name("llama-cpp.yaml")
+class GgufRecipe(NamedRecipe):
+    name = "gguf"
+    summary = "a model or a GGUF file becomes a smaller GGUF file of type q4_k_m"
+    path = Path(__file__).with_name("gguf.yaml")
 
 
 @hookimpl
 def llmpruner_recipes() -> list[type]:
-    return [LlamaCppRecipe]
+    return [GgufRecipe]
 
 
 @hookimpl

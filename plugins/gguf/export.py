@@ -1,7 +1,8 @@
-"""Export as GGUF: write, quantise with llama.cpp, compare its logits and tokens with those of the source."""
+"""Export as GGUF: write, quantise, compare llama.cpp's logits and tokens with those of the source."""
 
 from __future__ import annotations
 
+import logging
 import math
 from collections import Counter
 from functools import cache
@@ -15,17 +16,18 @@ import torch
 
 from llmpruner import CheckpointError, ExportTask, UnsupportedModelError
 
+from . import OWN
 from .model import KEYS, Architecture, Facts, described, layer_and_part
 from .vocabulary import RECORDED_PRE, add_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-TYPES = {
-    "f32": (torch.float32, gguf.GGMLQuantizationType.F32, gguf.LlamaFileType.ALL_F32),
-    "f16": (torch.float16, gguf.GGMLQuantizationType.F16, gguf.LlamaFileType.MOSTLY_F16),
-    "bf16": (torch.bfloat16, gguf.GGMLQuantizationType.BF16, gguf.LlamaFileType.MOSTLY_BF16),
-}
+_LOG = logging.getLogger("llmpruner")
+
+FLOATS = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
+BLOCK, SUPER_BLOCK = 32, 256
+"""Weights of a row that share scales, in the types of `OWN`, and in k-quants; other rows get types of more bits."""
 TOLERANCES = {"f32": 1e-2, "f16": 2e-2, "bf16": 1e-1, "q8_0": 1e-1}
 """Of the norm of a position's centred logits, by type of file; llama.cpp looks GELU up in a table of float16. Unrelated
 logits have an error of about 1.4; types of fewer bits may have 0.7."""
@@ -38,8 +40,10 @@ TEXT = (
 def export_gguf(task: ExportTask, kind: str, quant: str | None, pre: str | None) -> str:
     """Write a GGUF file and a ``Modelfile``; returns what was written and how it was checked."""
     model, tokenizer = task.model, task.loaded.tokenizer
-    if kind == "auto":
-        kind = next((name for name, (dtype, *_) in TYPES.items() if dtype == model.dtype), "f32")
+    if quant in OWN:
+        kind, quant = quant, None
+    elif kind == "auto":
+        kind = next((name for name, dtype in FLOATS.items() if dtype == model.dtype), "f32")
     target = task.directory / f"{task.name}.gguf"
     written = target if quant is None else task.directory / f"{task.name}-{kind}.gguf"
     architecture, pre = write_gguf(task, written, kind, pre)
@@ -56,9 +60,9 @@ def export_gguf(task: ExportTask, kind: str, quant: str | None, pre: str | None)
         quantise(written, target, quant)
         written.unlink()
         check_logits(model, target, quant)
-        counts = Counter(tensor.tensor_type.name.lower() for tensor in gguf.GGUFReader(target).tensors)
-        # Rows that do not fill the blocks of a type get one of more bits.
-        kind = f"{quant}: " + ", ".join(f"{count} {name}" for name, count in counts.most_common() if name != "f32")
+        kind = quant
+    if kind not in FLOATS:
+        kind = types_of(target, kind)
     # Ollama's description of a model; it takes the chat template from the file.
     end = getattr(model.generation_config, "eos_token_id", None)
     texts: list[str] = []
@@ -71,10 +75,27 @@ def export_gguf(task: ExportTask, kind: str, quant: str | None, pre: str | None)
     return f"{target.name} ({architecture}, {kind}, {size}): {checked}; llama-cli -m {target.name} runs it"
 
 
+def types_of(file: Path, quant: str) -> str:
+    """``q4_k_m: 120 q4_k, 25 q6_k, 4.9 bits per weight``. Warns where most rows don't fill the blocks of ``quant``."""
+    tensors = gguf.GGUFReader(file).tensors
+    counts = Counter(tensor.tensor_type.name.lower() for tensor in tensors)
+    types = ", ".join(f"{count} {name}" for name, count in counts.most_common() if name != "f32")
+    bits = 8 * sum(int(tensor.n_bytes) for tensor in tensors) / sum(int(tensor.n_elements) for tensor in tensors)
+    block = BLOCK if quant in (*OWN, "iq4_nl") else SUPER_BLOCK
+    rows = [int(tensor.shape[0]) for tensor in tensors if len(tensor.shape) > 1]
+    if 2 * len(odd := [row for row in rows if row % block]) > len(rows):
+        _LOG.warning(
+            "%d of %d matrices have rows of %s weights, no multiples of %d, and get types of more bits than %s",
+            len(odd), len(rows), " and ".join(f"{row:,}" for row in sorted(set(odd))), block, quant,
+        )  # fmt: skip
+    return f"{quant}: {types}, {bits:.2f} bits per weight"
+
+
 def write_gguf(task: ExportTask, path: Path, kind: str, pre: str | None) -> tuple[str, str | None]:
     """Write the model to ``path``, one tensor at a time, and read all back; returns the names of architecture and
-    pre-tokenizer. ``kind``: type of matrices; vectors and routers are float32. ``pre``: see `add_tokenizer`. Raises
-    `UnsupportedModelError` for a model that no architecture states, and for weights too large for ``kind``."""
+    pre-tokenizer. ``kind``: type of matrices, of `FLOATS` or `OWN`; vectors and routers are float32, and of quantised
+    files, embedding and head q8_0. ``pre``: see `add_tokenizer`. Raises `UnsupportedModelError` for a model that no
+    architecture states, and for weights too large for ``kind``."""
     model = task.model
     architecture, tensors, facts = described(model)
     if facts.rope.get("rope_type") == "llama3":
@@ -85,23 +106,31 @@ def write_gguf(task: ExportTask, path: Path, kind: str, pre: str | None) -> tupl
     pre = add_tokenizer(writer, task.loaded.tokenizer, facts.vocabulary, pre)
     _add_sizes(writer, architecture, facts)
     _add_rope(writer, facts)
-    writer.add_file_type(TYPES[kind][2])
+    writer.add_file_type(gguf.LlamaFileType[f"{'ALL' if kind == 'f32' else 'MOSTLY'}_{kind.upper()}"])
+    if kind not in FLOATS:
+        writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     kinds = {}
     for name, tensor in tensors.items():
-        is_vector = tensor.ndim == 1 or layer_and_part(name)[1] == "ffn_gate_inp"
-        kinds[name] = "f32" if is_vector else kind
-        dtype, stored, _ = TYPES[kinds[name]]
-        size = tensor.numel() * dtype.itemsize
+        layer, part = layer_and_part(name)
+        kinds[name] = "f32" if tensor.ndim == 1 or part == "ffn_gate_inp" else kind
+        if kinds[name] in OWN:
+            of_tokens = "q8_0" if layer is None else kind
+            kinds[name] = of_tokens if tensor.shape[-1] % BLOCK == 0 else "f16"
+        stored = gguf.GGMLQuantizationType[kinds[name].upper()]
+        size = math.prod(gguf.quant_shape_to_byte_shape(tuple(tensor.shape), stored))
         writer.add_tensor_info(name, tuple(tensor.shape), np.dtype(np.float32), size, raw_dtype=stored)
 
     def values(name: str) -> np.ndarray:
-        dtype = TYPES[kinds[name]][0]
-        tensor = _for_llama_cpp(name, tensors[name], architecture, facts).to("cpu", dtype).contiguous()
-        if not bool(torch.isfinite(tensor).all()):
+        dtype = FLOATS.get(kinds[name], torch.float16)  # in which blocks have their scales
+        tensor = _for_llama_cpp(name, tensors[name], architecture, facts).cpu()
+        rounded = tensor.to(dtype).contiguous()
+        if not bool(torch.isfinite(rounded).all()):
             raise UnsupportedModelError(
                 f"{name} has values that are too large for {str(dtype).removeprefix('torch.')}; use --set gguf.type=f32"
             )
-        return tensor.view(torch.int16).numpy() if dtype == torch.bfloat16 else tensor.numpy()
+        if kinds[name] in OWN:
+            return np.asarray(gguf.quantize(tensor.float().numpy(), gguf.GGMLQuantizationType[kinds[name].upper()]))
+        return rounded.view(torch.int16).numpy() if dtype == torch.bfloat16 else rounded.numpy()
 
     try:
         writer.write_header_to_file()

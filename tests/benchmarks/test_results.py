@@ -47,6 +47,26 @@ def test_figures_in_prose_are_those_of_the_rows():
         assert figure in (quality.ROOT / page).read_text(encoding="utf-8")
 
 
+def test_readme_names_the_best_and_the_worst_text_of_fewer_tokens():
+    rows = json.loads(vocabulary.RESULTS.read_text(encoding="utf-8"))["Qwen2.5-Coder-0.5B"]
+    readme = " ".join((quality.ROOT / "README.md").read_text(encoding="utf-8").split())
+
+    def more(row, texts):
+        """Bits per byte of the texts on which least and most are lost, as README has them."""
+        bits, dense = (rows[name]["bits_per_byte"] for name in (row, "dense"))
+        shares = sorted((bits[text] / dense[text] - 1, text) for text in texts)
+        return " to ".join(f"{share:.0%} ({text})".replace("%", " %") for share, text in (shares[0], shares[-1]))
+
+    kept = [text for text in rows["dense"]["bits_per_byte"] if text != "Chinese"]
+    fewer = rows["98,304 tokens, Latin"]
+    most = max(fewer["bits_per_byte"][text] / rows["dense"]["bits_per_byte"][text] - 1 for text in kept)
+    lost = fewer["bits_per_byte"]["Chinese"] / rows["dense"]["bits_per_byte"]["Chinese"]
+    assert f"{fewer['gone']:.1%} of its".replace("%", " %") in readme
+    assert f"at most {most:.1%} more bits".replace("%", " %") in readme and f"Chinese takes {lost:.0f} ×" in readme
+    assert f"costs {more('a fifth fewer bytes: mlp', kept)} more bits" in readme
+    assert f"and {more('a fifth fewer bytes: mlp,vocabulary', kept)} if tokens go too" in readme
+
+
 def is_in_readme(row):
     return (row.method, row.shape, row.text) == ("best", "uniform", "self-written") and row.samples != 32
 

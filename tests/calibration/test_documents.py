@@ -133,11 +133,11 @@ def test_libraries_that_are_not_installed_are_named(monkeypatch, tmp_path):
     source = parquet(tmp_path / "a.parquet", [{"text": "x"}])
     monkeypatch.setitem(sys.modules, "datasets", None)
     for read in (check_source, read_documents):
-        with pytest.raises(MissingExtraError, match=r"^datasets is not installed; run: .*llmpruner\[recover\]"):
+        with pytest.raises(MissingExtraError, match=r"^datasets is not installed; run in .*\.\[recover\]"):
             read("some/thing")
     monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
     for read in (check_source, read_documents):
-        with pytest.raises(MissingExtraError, match=r"^pyarrow is not installed; run: .*llmpruner\[recover\]"):
+        with pytest.raises(MissingExtraError, match=r"^pyarrow is not installed; run in .*\.\[recover\]"):
             read(source)
 
 

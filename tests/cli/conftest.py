@@ -82,8 +82,8 @@ def listing(folder: Path) -> dict[str, int]:
 @pytest.fixture(scope="session")
 def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What tests read and never write: models ``dense``, ``other`` (wider), ``bare`` (no tokenizer), ``nan`` and
-    ``packed`` (says that it is quantised), ``text.txt``, ``data.jsonl``. Four layers of 2 KV heads with 2 query heads
-    each; 30,976 decoder parameters of 50,208."""
+    ``packed`` (says that it is quantised), ``text.txt``, ``empty.txt``, ``data.jsonl``. Four layers of 2 KV heads with
+    2 query heads each; 30,976 decoder parameters of 50,208."""
     folder = tmp_path_factory.mktemp("shared")
     tokenizer = tiny_models.tokenizer(TEXT)
     for name, width in (("dense", 48), ("other", 40), ("bare", 48), ("nan", 48)):
@@ -98,6 +98,7 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config["quantization_config"] = {"quant_method": "gptq", "bits": 4, "group_size": 32}
     (folder / "packed" / "config.json").write_text(json.dumps(config))
     (folder / "text.txt").write_text(TEXT, encoding="utf-8")
+    (folder / "empty.txt").write_text(" \n")
     (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in INSTRUCTIONS), encoding="utf-8")
     return folder
 

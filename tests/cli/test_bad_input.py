@@ -36,6 +36,14 @@ MISTAKES: dict[str, tuple[tuple[object, ...], str]] = {
     "exporter: capitals": (("export", DENSE, "--to", "GGUF", *OUT), "exporter 'GGUF'; did you mean gguf?"),
     "bench: batch": (("bench", DENSE, "--batch", "1,x"), "--batch.1 'x': input should be a valid integer"),
     "ratio: percent": (("plan", DENSE, "--ratio", 20), "--ratio '20': input should be less than 1; 0.2 for 20 %?"),
+    "ratio: a percent sign": (("plan", DENSE, "--ratio", "20%"), "unable to parse string as a number; 0.2 for 20%?"),
+    "ratio: a comma": (("prune", DENSE, "--ratio", "0,2", *OUT), "as a number; 0.2 with a point?"),
+    "kind: its name elsewhere": (("plan", DENSE, *FIFTH, "--kinds", "vocab"), "'vocab'; did you mean vocabulary?"),
+    "metric: an option": ((*MEASURE, "--metrics", "kl"), "unknown metric 'kl'; use --kl"),
+    "quantise: a command": (("quantize", DENSE, *OUT), "llmpruner has no command 'quantize'; did you mean export?"),
+    "quantise: an option": (("prune", DENSE, "--quantize"), "no option --quantize; use `llmpruner export MODEL --to"),
+    "calibration: an empty file": (("plan", *ON, "{models}/empty.txt"), "empty.txt holds no text"),
+    "evaluation: an empty file": (("evaluate", DENSE, "--perplexity", "{models}/empty.txt"), "empty.txt holds no text"),
     "ratio: its name elsewhere": (("prune", DENSE, "--sparsity", 0.2), "no option --sparsity; did you mean --ratio?"),
     "a setting without an option": (("prune", DENSE, "--target-params", 0.4), "write --set prune.target_params=…"),
     "parameters: more than there are": (
@@ -118,7 +126,7 @@ def test_an_output_that_exists_is_left_alone(refused, tmp_path, command):
 @pytest.mark.parametrize(
     ("command", "content", "message"),
     [
-        (("prune", *ON), b"\n", "holds no records"),
+        (("prune", *ON), b"\n", "holds no text"),
         (("recover", DENSE, "--strategy", "lora", "--data"), b'{"question": "a"}\n', "line 1: expected 'instruction'"),
     ],
 )

@@ -13,6 +13,7 @@ from fresh import run_fresh
 
 from llmpruner.cli import console, process
 from llmpruner.cli.console import RichProgress, sizes_text
+from llmpruner.component import Component
 
 has_signals = pytest.mark.skipif(sys.platform == "win32", reason="Windows has no signal that a process can answer")
 
@@ -31,6 +32,26 @@ def test_a_mistake_is_one_line_without_debug_and_a_traceback_with_it():
         assert debug.returncode == 1
         assert "Traceback (most recent call last)" in debug.stderr
         assert debug.stderr.endswith(f"UnknownNameError: {message}")
+
+
+class Brittle(Component):
+    kind, name = "criterion", "brittle"
+
+    def score(self):
+        return 1 / 0
+
+
+def test_an_exception_of_a_plugin_is_one_line_and_one_of_the_core_is_not(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        process.run(lambda: Brittle().score(), [], debug=False)
+    found = capsys.readouterr().err
+    assert found.startswith("error: criterion brittle of test_process failed in test_process.py, line ")
+    assert found.endswith(": ZeroDivisionError: division by zero; --debug shows the traceback\n")
+    assert found.count("\n") == 1
+    with pytest.raises(ZeroDivisionError):
+        process.run(lambda: Brittle().score(), [], debug=True)
+    with pytest.raises(KeyError):
+        process.run(lambda: {}["a"], [], debug=False)
 
 
 LIBRARIES = "import pluggy, pydantic, rich.console, rich.markdown, rich.traceback, typer.rich_utils"

@@ -238,15 +238,15 @@ def test_models_by_name_and_texts(shared, out):
 
 def test_recipes_lists_them_and_prints_one(run):
     shown = run("recipes").out
-    assert all(name in shown for name in ("paper", "quality", "llama-cpp", "experts", "demo"))
+    assert all(name in shown for name in ("paper", "quality", "gguf", "experts", "demo"))
     assert yaml.safe_load(run("recipes", "paper").out)["steps"][0]["prune"]["method"] == "llm-pruner"
 
 
 def test_libraries_of_later_steps_are_missed_at_once(refused, file, monkeypatch):
     monkeypatch.setattr("llmpruner_gguf.find_spec", lambda name: True if name == "gguf" else None)
-    quantised = ("--set", "export.to=gguf", "--set", "export.settings.gguf.quant=q8_0")
+    quantised = ("--set", "export.to=gguf", "--set", "export.settings.gguf.quant=Q4_K_M")
     found = refused("run", file, "-o", "{tmp}/out", *quantised)
-    assert "step 4 (export): llama-cpp-python is not installed; run: pip install 'llmpruner[llama-cpp]'" in found
+    assert "step 4 (export): llama-cpp-python, which quantises to q4_k_m, is not installed; run: pip install" in found
     monkeypatch.setattr("llmpruner.recovery.data.find_spec", lambda name: None)
     adapters = ("--set", "recover.strategy=lora")
     assert "step 2 (recover): peft is not installed" in refused("run", file, "-o", "{tmp}/out", *adapters)

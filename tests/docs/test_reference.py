@@ -123,7 +123,7 @@ RECIPES = [
 
 @pytest.mark.parametrize(("page", "number", "text"), RECIPES, ids=[f"{page} {number}" for page, number, _ in RECIPES])
 def test_recipes_on_pages_are_valid(page, number, text, catalog):
-    assert len(Recipe.read(yaml.safe_load(text), catalog).steps) > 2
+    assert len(Recipe.read(yaml.safe_load(text), catalog).steps) > 1
 
 
 def test_there_are_recipes_on_both_pages(catalog):

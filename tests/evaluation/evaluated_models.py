@@ -20,6 +20,8 @@ def in_memory(name="tiny", model=None, tokenizer=None, family=None, **options) -
 
 def evaluated(loaders: list[Callable[[], Model]], metrics: list[Metric], progress: Progress = QUIET) -> Evaluations:
     """The models that ``loaders`` load, of which nothing is known before."""
+    for metric in metrics:
+        metric.prepare()
     config, tokenizer = tiny_models.llama().config, tiny_models.tokenizer()
     models = [ComparedModel(f"model {n}", config, tokenizer, load) for n, load in enumerate(loaders)]
     return evaluate(models, metrics, progress)

@@ -102,13 +102,13 @@ def scored(name, *rows):
 
 def test_the_table_has_a_line_per_label_and_the_numbers_of_people():
     dense = scored(
-        "dense", Row("parameters", 106_202_880, False), Row("weight bytes", 400 * 2**20, False),
+        "dense", Row("parameters", 106_202_880, False), Row("bytes in memory", 400 * 2**20, False),
         Row("perplexity", 25.615, False), Row("KL to the first", None, False), Row("piqa acc", 0.66, True, 0.05),
     )  # fmt: skip
     pruned = scored("pruned", Row("parameters", 90, False), Row("perplexity", math.inf, False), Row("other", 3.0))
     lines = Evaluations([dense, pruned]).lines
     assert {line.label: line.cells for line in lines} == {
-        "parameters": ("106.20 M", "90.00"), "weight bytes": ("400.0 MiB", "-"), "perplexity": ("25.61", "inf"),
+        "parameters": ("106.20 M", "90.00"), "bytes in memory": ("400.0 MiB", "-"), "perplexity": ("25.61", "inf"),
         "piqa acc": ("0.6600 ± 0.0500", "-"), "other": ("-", "3.0000"),
     }  # fmt: skip
     assert [line.higher_is_better for line in lines] == [False, False, False, True, None]

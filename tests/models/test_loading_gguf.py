@@ -5,6 +5,7 @@ import os
 import gguf
 import pytest
 import torch
+from said import Said
 
 import llmpruner
 from llmpruner.discovery.opening import Opener
@@ -68,13 +69,23 @@ def test_a_file_is_parsed_once_and_freed_and_again_when_it_changed(tmp_path, mon
     parsing.forget_gguf()
 
 
-def test_an_embedding_that_is_held_twice_is_named_and_tied_again(tmp_path, caplog):
-    file = written(tmp_path, nearly_tied=True)
-    dense = llmpruner.load(file)
-    assert "holds its embedding twice" in caplog.text and "0 M parameters too many" in caplog.text
-    llmpruner.export(file, output=tmp_path / "tied", to="stock", settings={"stock": {"tie": True}})
-    tied = llmpruner.load(tmp_path / "tied").network
-    assert tied.config.tie_word_embeddings and tied.lm_head.weight is tied.model.embed_tokens.weight
-    torch.testing.assert_close(tied.lm_head.weight, dense.network.lm_head.weight)
-    with pytest.raises(llmpruner.SettingsError, match="leave it out"):
-        llmpruner.export(tmp_path / "tied", output=tmp_path / "two", to="stock", settings={"stock": {"tie": True}})
+def test_an_embedding_that_is_stored_twice_is_read_once(tmp_path):
+    file, progress = written(tmp_path, nearly_tied=True), Said()
+    structure = llmpruner.discover(file, progress=progress)
+    assert structure.graph.ties == {"lm_head.weight": "model.embed_tokens.weight"}
+    assert "as the head, it differs by 1.9%, by quantisation; read once" in " ".join(progress.lines)
+    network = llmpruner.load(file).network
+    stored = {tensor.name: tensor.data for tensor in gguf.GGUFReader(file).tensors}
+    assert network.lm_head.weight is network.model.embed_tokens.weight
+    torch.testing.assert_close(network.lm_head.weight.data, torch.from_numpy(stored["output.weight"].copy()))
+    llmpruner.export(file, output=tmp_path / "stock", to="stock")
+    assert llmpruner.discover(tmp_path / "stock").config.tie_word_embeddings
+    assert not llmpruner.discover(written(tmp_path)).graph.ties, "another matrix"
+
+
+@pytest.mark.parametrize("size", [-100, 1000])
+def test_a_file_that_ends_too_early_is_named(size, tmp_path):
+    file = written(tmp_path)
+    file.write_bytes(file.read_bytes()[:size])
+    with pytest.raises(llmpruner.CheckpointError, match=r"tiny\.gguf is truncated; download"):
+        llmpruner.discover(file)

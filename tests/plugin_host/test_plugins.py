@@ -101,7 +101,7 @@ BROKEN = {
 def test_a_broken_plugin_is_named_where_its_command_is_missing(install):
     install("a-bad-plugin", "raise RuntimeError('no such luck')")
     done = CliRunner().invoke(build_app(), ["greet"])
-    assert done.exit_code == 2 and "RuntimeError: no such luck" in done.stderr and "'greet'" in done.stderr
+    assert "RuntimeError: no such luck" in done.stderr and "no command 'greet'" in str(done.exception)
 
 
 @pytest.mark.parametrize("what", BROKEN)

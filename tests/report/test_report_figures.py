@@ -126,7 +126,11 @@ def test_costs_are_those_of_the_model(places, small, tmp_path):
     loaded = llmpruner.load(places / "small")
     own, dense = small.costs, small.dense
     cache = sum(bytes_per_token(loaded.network, loaded.graph))
-    assert own == Costs(**asdict(size(loaded.network, loaded.graph)), cache_bytes=cache) and dense.cache_bytes == cache
+    files = [place / "model.safetensors" for place in (places / "small", places / "dense")]
+    assert [own.file_bytes, dense.file_bytes] == [file.stat().st_size for file in files]
+    assert 0 < own.q4_bytes < dense.q4_bytes < dense.weight_bytes
+    assert asdict(size(loaded.network, loaded.graph)).items() <= asdict(own).items()
+    assert own.cache_bytes == dense.cache_bytes == cache
     removed = 1 - own.decoder_parameters / dense.decoder_parameters
     made = llmpruner.write_report(places / "small", tmp_path / "page.html")
     assert removed > 0 and f"{removed:.1%} of the decoder's parameters are gone" in made.sentences["small"]
@@ -214,8 +218,11 @@ def test_several_checkpoints_are_compared(places, tmp_path):
     assert list(sentences) == names
     table = html.partition('<table class="wide">')[2].partition("</table>")[0]
     rows = {row[0]: row for row in (re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", line) for line in table.split("<tr>")[2:])}
-    assert {name: row[5] for name, row in rows.items()} == {"small": "30.00", "smaller": "50.00", "worse": "60.00"}
-    assert "small and smaller have rings: no other model is as small with a lower perplexity" in html
+    assert {name: row[6] for name, row in rows.items()} == {
+        "dense": "20.00", "small": "30.00", "smaller": "50.00", "worse": "60.00"
+    }  # fmt: skip
+    assert re.search(r"<li><b>smaller</b> is as good as the dense model on \S+ \(\+0% bits per byte\)\.</li>", html)
+    assert "small and smaller have rings: no other pruned model is as small with a lower perplexity" in html
     assert html.count('class="ring"') == 2 and "<script" not in html
     assert html.count('<details class="one">') == 3
 

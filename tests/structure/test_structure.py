@@ -86,7 +86,11 @@ def test_widths_are_multiples_by_kind_and_hidden_size():
     experts = [Widths(uniform=True).multiple(group(count, "expert")) for count in (2, 4, 8, 16, 60, 64, 256)]
     assert experts == [1, 1, 2, 4, 8, 8, 8]
     default = widths_for("uniform", None, 4096)
-    assert [default.multiple(group(units)) for units in (11008, 512, 256, 6)] == [64, 64, 32, 1]
+    assert [default.multiple(group(units)) for units in (11000, 512, 256, 6)] == [64, 64, 32, 1]
+    # The k-quants of GGUF need rows of whole blocks of 256; where the dense model has none, nothing is kept.
+    assert [default.multiple(group(units)) for units in (11008, 4864, 2560, 2304, 2592)] == [256, 256, 256, 64, 64]
+    assert widths_for("uniform", 64, 4096).multiple(group(11008)) == 64
+    assert default.multiple(group(51200, "vocabulary")) == 64
     assert default.multiple(group(8, "attention")) == default.multiple(group(32, "query")) == 1
     assert default.multiple(group(64, "expert")) == 8
     assert widths_for("uniform", 48, 4096).multiple(group(256)) == 48

@@ -357,19 +357,33 @@ def test_a_sentencepiece_tokenizer(tmp_path):
         assert ids == expected
 
 
-@needs_runtime
-@pytest.mark.parametrize("quant", ["q8_0", "q4_k_m"])
-def test_quantised(quant, tmp_path):
+@pytest.mark.parametrize(("quant", "error"), [("Q8_0", 0.05), ("q5_1", 0.25), ("q4_0", 0.7)])
+def test_quantised_by_the_package_gguf(quant, error, tmp_path):
     model = randomised(model_of("Llama", hidden_size=256, intermediate_size=320, vocab_size=300), 0.05)
     line, file = exported(model, tmp_path, tokenizer=tiny_models.tokenizer(), quant=quant)
     types = {name: kind.name for name, kind in GgufFile(file).types.items()}
-    assert HOW in line
-    if quant == "q8_0":
-        assert types["blk.0.ffn_down.weight"] == types["blk.0.attn_q.weight"] == "Q8_0"
-    else:
-        # Rows of 320 do not fill the blocks of 256.
-        assert types["blk.0.attn_q.weight"] == "Q4_K" and types["blk.0.ffn_down.weight"] in ("Q5_0", "Q8_0")
-        assert "q4_k_m: " in line
+    kind = quant.upper()
+    assert types["blk.0.ffn_down.weight"] == types["blk.0.attn_q.weight"] == kind
+    assert types["token_embd.weight"] == types["output.weight"] == "Q8_0" and types["output_norm.weight"] == "F32"
+    assert HOW in line and f"(llama, {quant.lower()}: " in line and "bits per weight" in line
+    assert value(file, "general.file_type") == gguf.LlamaFileType[f"MOSTLY_{kind}"]
+    assert error / 20 < error_of(model, gguf_logits(file, prompt(model))) < error
+
+
+def test_rows_that_hold_no_whole_block_stay_float16(tmp_path, caplog):
+    line, file = exported(model_of("Llama", intermediate_size=40), tmp_path, quant="q4_0")
+    assert GgufFile(file).types["blk.0.ffn_down.weight"] == gguf.GGMLQuantizationType.F16
+    assert "3 f16" in line and not caplog.text, "most rows have 32 or 64 weights"
+
+
+@needs_runtime
+def test_quantised_by_llama_cpp(tmp_path, caplog):
+    model = randomised(model_of("Llama", hidden_size=256, intermediate_size=320, vocab_size=300), 0.05)
+    line, file = exported(model, tmp_path, tokenizer=tiny_models.tokenizer(), quant="q4_k_m")
+    types = {name: kind.name for name, kind in GgufFile(file).types.items()}
+    # Rows of 320 do not fill the blocks of 256.
+    assert types["blk.0.attn_q.weight"] == "Q4_K" and types["blk.0.ffn_down.weight"] in ("Q5_0", "Q8_0")
+    assert HOW in line and "q4_k_m: " in line and not caplog.text
 
 
 def test_a_gguf_file_becomes_a_stock_checkpoint(tmp_path):

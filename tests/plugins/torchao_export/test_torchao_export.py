@@ -26,7 +26,7 @@ def loaded(model, tokenizer=None):
 
 @pytest.fixture
 def installed():
-    pytest.importorskip("torchao", reason="needs pip install 'llmpruner[torchao]'")
+    pytest.importorskip("torchao", reason="needs pip install '.[torchao]'")
 
 
 @pytest.mark.parametrize("cut", ["mlp-uniform", "mlp"])
@@ -84,7 +84,7 @@ def test_a_written_checkpoint_is_read_back(installed, tmp_path, monkeypatch):
 
 def test_without_torchao(tmp_path, monkeypatch):
     monkeypatch.setattr(llmpruner_torchao, "find_spec", lambda name: None)
-    with pytest.raises(MissingExtraError, match=r"llmpruner\[torchao\]"):
+    with pytest.raises(MissingExtraError, match=r"pip install '\.\[torchao\]'"):
         export(tmp_path, TorchAoExporter(), tmp_path / "out", None)
 
 
