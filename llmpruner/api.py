@@ -119,9 +119,10 @@ def plan_and_outcome(
     """`plan`, and the sizes of the model before and after the cut."""
     catalog = catalog or load_catalog()
     reference, job = _reference(model, catalog), _job("prune", settings, catalog)
+    opener = _opener(load, catalog, progress)
     from . import pipeline
 
-    return pipeline.plan(reference, job, _opener(load, catalog, progress), run or RunSettings())
+    return pipeline.plan(reference, job, opener, run or RunSettings())
 
 
 def prune(
@@ -157,9 +158,10 @@ def prune(
     else:
         job = replay_job(plan, catalog)
         check_data(job)
+    opener = _opener(load, catalog, progress)
     from . import pipeline
 
-    return pipeline.prune(reference, job, folder, _opener(load, catalog, progress), run or RunSettings())
+    return pipeline.prune(reference, job, folder, opener, run or RunSettings())
 
 
 def prune_each(
@@ -186,9 +188,10 @@ def prune_each(
     }
     if not jobs:
         raise SettingsError("no ratio is named; name at least one")
+    opener = _opener(load, catalog, progress)
     from . import pipeline
 
-    return pipeline.prune_each(reference, jobs, folder, _opener(load, catalog, progress), run or RunSettings())
+    return pipeline.prune_each(reference, jobs, folder, opener, run or RunSettings())
 
 
 def recover(
@@ -213,11 +216,11 @@ def recover(
     reference, folder = _reference(model, catalog), _new(output)
     if output is None and work_dir is None:
         raise SettingsError("recovery needs a directory for its state: give output, or work_dir")
-    setup = _job("recover", settings, catalog)
+    setup, opener = _job("recover", settings, catalog), _opener(load, catalog, progress)
     from .recovery.recover import recover as _recover
 
     restart = (run or RunSettings()).restart
-    return _recover(reference, setup, folder, _path(work_dir), _opener(load, catalog, progress), restart=restart)
+    return _recover(reference, setup, folder, _path(work_dir), opener, restart=restart)
 
 
 @overload

@@ -112,7 +112,7 @@ ELSEWHERE = {"kl": "--kl", "--quantize": _TO_GGUF, "--quantise": _TO_GGUF, "--qu
 def near(name: str, known: Iterable[str]) -> str:
     """``; did you mean ratio?`` for the name in ``known`` that `MEANT` gives, or those spelled like it; or empty."""
     if instead := ELSEWHERE.get(name.lower()):
-        return f"; use {instead}"
+        return f"; use {instead}."
     known = sorted(known)
     other = MEANT.get(name.lower(), name.lower())
     names = [other] if other in known else difflib.get_close_matches(name.lower(), known, n=3, cutoff=0.5)

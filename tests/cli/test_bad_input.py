@@ -39,7 +39,7 @@ MISTAKES: dict[str, tuple[tuple[object, ...], str]] = {
     "ratio: a percent sign": (("plan", DENSE, "--ratio", "20%"), "unable to parse string as a number; 0.2 for 20%?"),
     "ratio: a comma": (("prune", DENSE, "--ratio", "0,2", *OUT), "as a number; 0.2 with a point?"),
     "kind: its name elsewhere": (("plan", DENSE, *FIFTH, "--kinds", "vocab"), "'vocab'; did you mean vocabulary?"),
-    "metric: an option": ((*MEASURE, "--metrics", "kl"), "unknown metric 'kl'; use --kl"),
+    "metric: an option": ((*MEASURE, "--metrics", "kl"), "unknown metric 'kl'; use --kl. Known"),
     "quantise: a command": (("quantize", DENSE, *OUT), "llmpruner has no command 'quantize'; did you mean export?"),
     "quantise: an option": (("prune", DENSE, "--quantize"), "no option --quantize; use `llmpruner export MODEL --to"),
     "calibration: an empty file": (("plan", *ON, "{models}/empty.txt"), "empty.txt holds no text"),
