@@ -110,12 +110,14 @@ def _failed_plugin(error: Exception) -> str | None:
     if not of_plugins:
         return None
     component, package = of_plugins[-1], type(of_plugins[-1]).__module__.partition(".")[0]
-    file, line = [
+    places = [
         (Path(frame.f_code.co_filename).name, line)
         for frame, line in frames
         if frame.f_globals.get("__name__", "").partition(".")[0] == package
-    ][-1]
-    what = f"{component.label()} of {package} failed in {file}, line {line}"
+    ]
+    if not places:  # the core failed in a method that the component inherits
+        return None
+    what = f"{component.label()} of {package} failed in {places[-1][0]}, line {places[-1][1]}"
     return f"{what}: {type(error).__name__}: {first_line(error)}; --debug shows the traceback"
 
 

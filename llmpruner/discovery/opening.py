@@ -265,8 +265,8 @@ def _tie_quantised(reference: Reference, config: PreTrainedConfig, progress: Pro
     if difference is not None and difference < SAME:
         config.tie_word_embeddings = True
         fewer = count_text(config.vocab_size * config.hidden_size)
-        what = f"'{reference.ref}' stores its embedding twice: as the head, it differs by {difference:.1%}"
-        progress.status(f"{what}, by quantisation; read once, as in the original ({fewer} parameters fewer)")
+        what = f"'{reference.ref}' stores its embedding twice, quantised apart (difference {difference:.1%})"
+        progress.status(f"{what}; it is read as one matrix, which are {fewer} parameters fewer")
 
 
 def base_record(loaded: Structure) -> dict[str, str]:

@@ -65,10 +65,15 @@ class Journal:
         if identity.is_file() and identity.read_text(encoding="utf-8") != self._identity:
             if self._done():
                 before, now = (_flat(json.loads(text)) for text in (identity.read_text("utf-8"), self._identity))
-                changed = {name: (before.get(name), now.get(name)) for name in sorted({**before, **now})}
-                differ = (f"{name} ({a}, now {b})" for name, (a, b) in changed.items() if a != b)
+                differ = [name for name in sorted({**before, **now}) if before.get(name) != now.get(name)]
+                shown = (
+                    f"{name} ({before.get(name)}, now {now.get(name)})"
+                    if name.startswith("prune.")
+                    else name  # no hash
+                    for name in differ
+                )
                 raise OutputError(
-                    f"'{self.folder}' has the results of an interrupted run that differs in {', '.join(differ)}; "
+                    f"'{self.folder}' has the results of an interrupted run that differs in {', '.join(shown)}; "
                     "continue that one with its own command, or start anew with --restart, which removes them"
                 )
             for file in self.folder.iterdir():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain, repeat
 from typing import Any
 
@@ -10,7 +10,7 @@ from pydantic import TypeAdapter
 
 from ..evaluation.evaluate import Evaluations
 from ..values import bytes_text, count_text, counted, without_folders
-from .base import ReportSection, ReportSubject, rendered
+from .base import DENSE, ReportSection, ReportSubject, rendered
 from .chart import Point, Series, drawn
 
 SPEED_COLUMNS = ("Batch", "Prompt", "Model", "Tokens/s (quartiles)", "Speed-up", "Ideal", "Reached")
@@ -62,6 +62,14 @@ class AnswersSection(ReportSection):
 
     def render(self, subject: ReportSubject) -> str | None:
         return rendered("answers.html.j2", asked=subject.answers) if subject.answers else None
+
+    def compare(self, subjects: Sequence[ReportSubject]) -> str | None:
+        asked: dict[str, dict[str, Mapping[str, str]]] = {}
+        for subject in subjects:
+            for answer in chain.from_iterable(subject.answers):
+                if answer["name"] in (DENSE, subject.name):
+                    asked.setdefault(answer["prompt"], {}).setdefault(answer["name"], answer)
+        return rendered("answers.html.j2", asked=[[*by.values()] for by in asked.values()]) if asked else None
 
 
 class CostSection(ReportSection):

@@ -157,11 +157,9 @@ class ComparisonSection(ReportSection):
         known = [column for column in rows[1] if any(row.get(column) is not None for row in rows[1:])]
         methods = {subject.name: method_of(subject) for subject in subjects if subject.name in places}
         verdicts = [(subject.name, words) for subject in subjects if (words := in_words(subject))]
-        answers = {answers[0]["prompt"]: answers for subject in subjects for answers in subject.answers}
         return rendered(
             "comparison.html.j2", rows=[[row.get(column) or "–" for column in known] for row in rows], best=best,
             columns=known, picture=_chart(pairs, methods, best) if places else None, verdicts=verdicts,
-            context=subjects[0].costs.context, answers=answers.values(),
         )  # fmt: skip
 
 

@@ -67,7 +67,7 @@ class GgufExporter(Exporter):
         if quant is not None and quant not in OWN and find_spec("llama_cpp") is None:
             raise ModelError(
                 f"llama-cpp-python, which quantises to {quant}, is not installed; run: pip install llama-cpp-python "
-                f"(it compiles llama.cpp, for 15 minutes on two cores), or take one of {', '.join(OWN)}"
+                f"(it compiles llama.cpp, which takes many minutes), or take one of {', '.join(OWN)}"
             )
 
     def export(self, task: ExportTask) -> str:

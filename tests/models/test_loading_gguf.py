@@ -73,7 +73,7 @@ def test_an_embedding_that_is_stored_twice_is_read_once(tmp_path):
     file, progress = written(tmp_path, nearly_tied=True), Said()
     structure = llmpruner.discover(file, progress=progress)
     assert structure.graph.ties == {"lm_head.weight": "model.embed_tokens.weight"}
-    assert "as the head, it differs by 1.9%, by quantisation; read once" in " ".join(progress.lines)
+    assert "twice, quantised apart (difference 1.9%); it is read as one matrix" in " ".join(progress.lines)
     network = llmpruner.load(file).network
     stored = {tensor.name: tensor.data for tensor in gguf.GGUFReader(file).tensors}
     assert network.lm_head.weight is network.model.embed_tokens.weight

@@ -146,7 +146,7 @@ def test_several_ratios_are_single_runs_with_one_text_and_one_scoring(killed, ki
         api.prune_each(str(dense), output=out, ratios=ratios, progress=counted, **settings)
     finished = [file.stat().st_mtime_ns for file in out.glob("0.2/model.safetensors")]
     assert bool(finished) == (killed == "in the second ratio")
-    with pytest.raises(OutputError, match="interrupted run that differs in "):
+    with pytest.raises(OutputError, match="interrupted run that differs in sizes; "):
         api.prune_each(str(dense), output=out, ratios=[0.2, 0.3], **settings)
     counted.stops = False
     results = api.prune_each(str(dense), output=out, ratios=ratios, progress=counted, **settings)
@@ -247,5 +247,7 @@ def test_a_change_of_what_it_read_is_another_run(what, tmp_path):
         model.save_pretrained(tmp_path / "model")
     with pytest.raises(OutputError, match=r"results of an interrupted run that differs in .*--restart"):
         api.prune(str(tmp_path / "model"), **settings)
+    with pytest.raises(OutputError, match=r"prune\.ratio \(0\.\d+, now 0\.35\)"):
+        api.prune(str(tmp_path / "model"), **{**settings, "ratio": 0.35})
     api.prune(str(tmp_path / "model"), run=RunSettings(restart=True), **settings)
     assert not (tmp_path / "out.pruning").exists()

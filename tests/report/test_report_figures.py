@@ -21,7 +21,7 @@ from llmpruner.plugins.builtin import llmpruner_report_sections
 from llmpruner.pruning.budgets import bytes_per_token
 from llmpruner.report.base import Costs, ReportSubject, report_page
 from llmpruner.report.evidence import report_subjects
-from llmpruner.report.sections import CostSection, OriginSection, PlanSection, RecoverySection
+from llmpruner.report.sections import AnswersSection, CostSection, OriginSection, PlanSection, RecoverySection
 from llmpruner.report.summary import Pair, sentence
 from llmpruner.structure.coupling import CouplingGraph
 from llmpruner.structure.kept import restrict
@@ -221,10 +221,23 @@ def test_several_checkpoints_are_compared(places, tmp_path):
     assert {name: row[6] for name, row in rows.items()} == {
         "dense": "20.00", "small": "30.00", "smaller": "50.00", "worse": "60.00"
     }  # fmt: skip
+    assert [rows[name][1] for name in ("small", "worse")] == ["best", "l1"]
     assert re.search(r"<li><b>smaller</b> is as good as the dense model on \S+ \(\+0% bits per byte\)\.</li>", html)
     assert "small and smaller have rings: no other pruned model is as small with a lower perplexity" in html
     assert html.count('class="ring"') == 2 and "<script" not in html
     assert html.count('<details class="one">') == 3
+
+
+def test_answers_of_several_checkpoints_stand_together(small):
+    def asked(subject, **texts):
+        answers = tuple({"name": name, "prompt": "Why?", "text": text} for name, text in texts.items())
+        return replace(subject, answers=(answers,))
+
+    first = asked(small, dense="Because.", small="So.", between="No.")
+    second = asked(replace(small, name="other"), dense="Because.", other="Well.")
+    html = AnswersSection().compare([first, second])
+    assert re.findall(r"<p>(.*?)</p>", html) == ["Because.", "So.", "Well."] and html.count("Why?") == 1
+    assert AnswersSection().compare([small]) is None
 
 
 def test_perplexities_on_other_texts_are_not_compared(places, tmp_path):

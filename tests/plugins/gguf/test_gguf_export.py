@@ -33,6 +33,8 @@ from llmpruner.errors import CheckpointError, ModelError, UnsupportedModelError
 from llmpruner.exporters import export
 from llmpruner.models.family import AutoFamily
 from llmpruner.models.meta import graph_of
+from llmpruner.models.numbers import widened
+from llmpruner.values import bytes_text
 
 SIZES: dict[str, Any] = {
     "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4,
@@ -367,6 +369,9 @@ def test_quantised_by_the_package_gguf(quant, error, tmp_path):
     assert types["token_embd.weight"] == types["output.weight"] == "Q8_0" and types["output_norm.weight"] == "F32"
     assert HOW in line and f"(llama, {quant.lower()}: " in line and "bits per weight" in line
     assert value(file, "general.file_type") == gguf.LlamaFileType[f"MOSTLY_{kind}"]
+    larger = widened(llmpruner.discover(file), llmpruner.LoadSettings(dtype="float32"))
+    size = bytes_text(4 * sum(parameter.numel() for parameter in model.parameters()))
+    assert f"in memory and once saved {size} of float32; quantise the result by export" in larger
     assert error / 20 < error_of(model, gguf_logits(file, prompt(model))) < error
 
 
@@ -374,6 +379,11 @@ def test_rows_that_hold_no_whole_block_stay_float16(tmp_path, caplog):
     line, file = exported(model_of("Llama", intermediate_size=40), tmp_path, quant="q4_0")
     assert GgufFile(file).types["blk.0.ffn_down.weight"] == gguf.GGMLQuantizationType.F16
     assert "3 f16" in line and not caplog.text, "most rows have 32 or 64 weights"
+
+
+def test_most_rows_without_whole_blocks_are_warned_of(tmp_path, caplog):
+    exported(model_of("Llama", hidden_size=48, intermediate_size=40), tmp_path, quant="q4_0")
+    assert "have rows of 40 and 48 weights, no multiples of 32, and get types of more bits than q4_0" in caplog.text
 
 
 @needs_runtime
