@@ -162,7 +162,8 @@ class PruneSettings(Settings):
     page or content field, a data set (name:config:split), or chat:FILE for conversations in the model's chat format;
     several, with commas between them, are mixed in equal parts, or in shares as in 3*self,1*chat:FILE."""
     samples: int | None = option(None, _ON, ge=1, le=1_000_000)
-    """Calibration samples: for best 96 that the model generates, or 128 of a file; 64 for fast, else 10."""
+    """Calibration samples: for best 96 that the model generates, or 128 of a file, and two thirds of that from 250M
+    decoder parameters; 64 for fast, else 10."""
     length: int | None = option(None, ge=2, le=2**20, advanced=True)
     """Tokens per sample: 512 for best, 128 for fast, else 64; no more than the model can read."""
     seed: Seed = option(0, advanced=True)

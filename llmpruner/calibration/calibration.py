@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
 COMPARED = 2048
 """Tokens to compare a pruned model with: at least one sample, and no more samples than of calibration."""
+LARGE = 250_000_000
+"""Decoder parameters from which a default number of samples is two thirds: each takes longer, and brings less."""
 
 
 class TextSource(CalibrationSource):
@@ -107,6 +109,8 @@ class CalibrationJob:
     length: int
     fixed_length: bool = True
     """Whether the user asked for this length; a default is limited to the model's positions."""
+    fixed_samples: bool = True
+    """Whether the user asked for this number, or a plan; a default for fits is `samples_for` a model."""
 
     @property
     def writes(self) -> bool:
@@ -129,14 +133,20 @@ class CalibrationJob:
             raise DataError(f"{self.length} tokens are beyond the model's {limit} positions; lower --set prune.length")
         return min(self.length, limit)
 
+    def samples_for(self, structure: Structure) -> int:
+        """Number of samples for a model."""
+        is_large = structure.graph.decoder_parameters >= LARGE and not self.fixed_samples
+        return max(len(self.parts), self.samples * 2 // 3) if is_large else self.samples
+
     def sample(self, model: Model, execution: Execution, seed: int) -> CalibrationSet:
         """The text. What the model writes alone has ``held_out`` samples, too: a few more take hardly any time, but a
         text of their own as many steps as all."""
         from ..engine.walk import CalibrationSet
 
         more = self.compared(model) if all(part.source.writes for part in self.parts) else 0
-        ids = self._drawn("calibration", model, execution, self.samples + more, seed)
-        return CalibrationSet(ids[: self.samples], self.text, ids[self.samples :] if more else None)
+        samples = self.samples_for(model)
+        ids = self._drawn("calibration", model, execution, samples + more, seed)
+        return CalibrationSet(ids[:samples], self.text, ids[samples:] if more else None)
 
     def held_out(self, text: CalibrationSet, model: Model, execution: Execution, seed: int) -> torch.Tensor:
         """Samples like those of ``text``, with which nothing is scored or fitted, (samples, length)."""
@@ -146,7 +156,7 @@ class CalibrationJob:
 
     def compared(self, structure: Structure) -> int:
         """Number of the samples of `held_out`."""
-        return min(self.samples, -(-COMPARED // self.length_for(structure.config)))
+        return min(self.samples_for(structure), -(-COMPARED // self.length_for(structure.config)))
 
     def _drawn(self, name: str, model: Model, execution: Execution, samples: int, seed: int) -> torch.Tensor:
         """Samples, drawn, or kept as ``name`` by an interrupted run or by one with another ratio."""
@@ -168,7 +178,7 @@ class CalibrationJob:
 
         network, tokenizer = model.network, model.tokenizer
         length = self.length_for(network.config)
-        order = self.order(max(samples, self.samples))[:samples]
+        order = self.order(max(samples, self.samples_for(model)))[:samples]
         rows: list[Iterator[torch.Tensor]] = []
         for number, part in enumerate(self.parts):
             # Equal parts are all of the size of the largest.

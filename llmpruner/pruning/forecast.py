@@ -131,7 +131,7 @@ def needed_bytes(
     weights, layer = item * graph.total_parameters, item * graph.decoder_parameters // graph.num_layers
     hidden, vocabulary = int(config.hidden_size), int(config.vocab_size)
     length = text.length_for(structure.config) if text else 1
-    tokens = text.samples * length if text else 0
+    tokens = text.samples_for(structure) * length if text else 0
     at_once = max(length, min(tokens, TOKENS_AT_ONCE))
     widest = max(size for name, shape in graph.shapes.items() if graph.is_decoder(name) for size in shape[-2:])
     batch = at_once * 4 * F32 * (hidden + widest)  # of a token in a layer, four numbers for each channel

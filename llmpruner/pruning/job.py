@@ -136,8 +136,9 @@ def prune_job(settings: PruneSettings, catalog: Catalog) -> PruneJob:
     scored_on_text = any(each is not None and each.needs - {Signal.WEIGHT} for each in (criterion, token_criterion))
     if scored_on_text or allocation.measures or compensation.reads_text:
         calibration = CalibrationJob(
-            settings.calibration, parts, settings.samples, settings.length, fixed_length="length" in explicit
-        )
+            settings.calibration, parts, settings.samples, settings.length, fixed_length="length" in explicit,
+            fixed_samples="samples" in explicit or not compensation.reads_text,
+        )  # fmt: skip
         calibration.order()  # refuses samples that are fewer than the sources
     return PruneJob(
         by=by, amount=float(amount), budget=budget, kinds=settings.kinds, layers=settings.layers, shape=settings.shape,

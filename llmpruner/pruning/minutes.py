@@ -51,7 +51,7 @@ def seconds_of(job: Job, structure: Structure, rates: Rates, *, streamed: bool, 
     if text is None:
         return seconds
     length = text.length_for(structure.config)
-    tokens = text.samples * length
+    tokens = text.samples_for(structure) * length
     compared = text.compared(structure) * length if cuts else 0
     if text.writes:
         seconds += _written(tokens, structure, rates, passes)
