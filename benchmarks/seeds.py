@@ -1,11 +1,13 @@
-"""How far the seed moves what a prune gives: the demo model without a fifth of its decoder, by several seeds.
+"""What samples bring, and how far the seed moves what a prune gives: a model without a fifth of its decoder.
 
-    LLMPRUNER_DATA=… python -m benchmarks.seeds [--seeds 0 1 2] [--checkout FOLDER] [-- OPTIONS OF prune]
+    LLMPRUNER_DATA=… LLMPRUNER_MODELS=… python -m benchmarks.seeds [--model NAME] [--seeds 0 1 2] [--checkout FOLDER]
+        [-- OPTIONS OF prune]
     python -m benchmarks.seeds --render
 
-Each row is one `llmpruner prune demo --ratio 0.2` in a process of its own, by this version or by the one in FOLDER,
-then the divergence from the dense model on the texts of `benchmarks.quality`. Rows are kept in ``results/seeds.jsonl``;
-the table has the means over the seeds of one commit and options, and how far a seed is above the mean on any text.
+Each row is one `llmpruner prune --ratio 0.2` in a process of its own, by this version or by the one in FOLDER, then the
+divergence from the dense model on the texts of `benchmarks.quality`. Rows are kept in ``results/seeds.jsonl``; the
+table in ``docs/how-to/prune.md`` has the means over the seeds of one commit and number of samples, and how far a seed
+is above the mean on any text.
 """
 
 from __future__ import annotations
@@ -19,57 +21,62 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from .measure import data_folder, machine, run
-from .quality import COLUMNS, ROOT, measured_on
+from .measure import data_folder, machine, run, write_table
+from .quality import COLUMNS, MODELS, ROOT, measured_on
 
 RESULTS = ROOT / "benchmarks" / "results" / "seeds.jsonl"
+PAGE = ROOT / "docs" / "how-to" / "prune.md"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", choices=MODELS, default=next(iter(MODELS)))
     parser.add_argument("--seeds", nargs="*", type=int, default=[0, 1, 2])
     parser.add_argument("--checkout", type=Path, default=ROOT, help="the version to run")
-    parser.add_argument("--render", action="store_true", help="only print the table")
+    parser.add_argument("--render", action="store_true", help="only write the table")
     parser.add_argument("options", nargs="*", help="of `llmpruner prune`")
     arguments = parser.parse_args()
     for seed in () if arguments.render else arguments.seeds:
-        row = measure(seed, arguments.checkout, arguments.options)
+        row = measure(arguments.model, seed, arguments.checkout, arguments.options)
         with RESULTS.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
         print(json.dumps(row), flush=True)
-    print(table([json.loads(line) for line in RESULTS.read_text(encoding="utf-8").splitlines()]))
+    write_table(PAGE, "samples", table(read()))
 
 
-def measure(seed: int, checkout: Path, options: list[str]) -> dict[str, Any]:
+def read() -> list[dict[str, Any]]:
+    return [json.loads(line) for line in RESULTS.read_text(encoding="utf-8").splitlines()]
+
+
+def measure(model: str, seed: int, checkout: Path, options: list[str]) -> dict[str, Any]:
     command = ["git", "-C", str(checkout), "log", "-1", "--format=%h", "--", "llmpruner"]
-    head = subprocess.run(command, capture_output=True, text=True, check=True)
+    head, dense = subprocess.run(command, capture_output=True, text=True, check=True), str(MODELS[model]())
     with tempfile.TemporaryDirectory() as work:
         output = str(Path(work) / "pruned")
-        arguments = ("prune", "demo", "--ratio", "0.2", "--set", f"prune.seed={seed}", *options, "-o", output)
-        done = run(*arguments, checkout=checkout)
-        stages = {
-            stage["name"]: stage["seconds"] for stage in json.loads((Path(output) / "run.json").read_text())["stages"]
-        }
-        texts = measured_on("demo", output, data_folder())["texts"]
+        arguments = ("prune", dense, "--ratio", "0.2", "--set", f"prune.seed={seed}", *options, "-o", output)
+        done = run(*arguments, checkout=checkout, timeout=4 * 3600)
+        ran, record = (json.loads((Path(output) / name).read_text()) for name in ("run.json", "llmpruner.json"))
+        texts = measured_on(dense, output, data_folder())["texts"]
     return {
-        "commit": head.stdout.strip(), "options": options, "seed": seed, "seconds": done["seconds"],
-        "peak_mib": done["peak_mib"], "stages": stages, "machine": machine(),
-        "kl": {name: texts[name]["kl_per_token"] for name in COLUMNS},
+        "model": model, "commit": head.stdout.strip(), "options": options, "seed": seed,
+        "samples": record["plans"][-1]["compensation"]["samples"], "seconds": done["seconds"],
+        "peak_mib": done["peak_mib"], "stages": {stage["name"]: stage["seconds"] for stage in ran["stages"]},
+        "machine": machine(), "kl": {name: texts[name]["kl_per_token"] for name in COLUMNS},
     }  # fmt: skip
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    together: defaultdict[tuple[str, str], list[dict[str, Any]]] = defaultdict(list)
+    together: defaultdict[tuple[str, int, str], list[dict[str, Any]]] = defaultdict(list)
     for row in rows:
-        together[row["commit"], " ".join(row["options"])].append(row)
-    lines = [f"| commit | options | seeds | {' | '.join(COLUMNS.values())} | mean | worst | seconds | MiB |"]
-    lines.append("|---" * (len(COLUMNS) + 7) + "|")
-    for (commit, options), same in together.items():
+        together[row["model"], row["samples"], row["commit"]].append(row)
+    lines = ["| model | samples | seeds | divergence | worst | minutes | GiB | commit |", "|---" * 8 + "|"]
+    for (model, samples, commit), same in sorted(together.items(), key=lambda each: [*MODELS].index(each[0][0])):
         means = {name: fmean(row["kl"][name] for row in same) for name in COLUMNS}
         worst = max(row["kl"][name] / means[name] - 1 for row in same for name in COLUMNS)
-        cells = [commit, options or "–", str(len(same)), *(f"{mean:.3f}" for mean in means.values())]
-        cells += [f"{fmean(means.values()):.3f}", f"+{worst:.0%}", f"{fmean(row['seconds'] for row in same):.0f}"]
-        lines.append(f"| {' | '.join([*cells, str(max(row['peak_mib'] for row in same))])} |")
+        took = "–".join(f"{limit(row['seconds'] for row in same) / 60:.1f}" for limit in (min, max))
+        cells = [model, str(samples), str(len(same)), f"{fmean(means.values()):.3f}", f"+{worst:.0%}" if worst else "–"]
+        cells += [took, f"{max(row['peak_mib'] for row in same) / 1024:.1f}", commit]
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

@@ -27,9 +27,10 @@ class Method(Component):
 
 class Best(Method):
     """Fisher importance on 12,288 tokens, then a least-squares fit of the weights that consumed removed units, on
-    65,536 tokens (49,152 where the model generates them, which takes longer than reading). For layers alone, the
-    angular distance between their inputs and outputs, which predicts the loss better than weights do; for experts
-    alone, the mean square of what they add (`energy`); for tokens, their use, and nothing to fit."""
+    65,536 tokens (49,152 where the model generates them, which takes longer than reading; two thirds for a model of
+    250M decoder parameters or more). For layers alone, the angular distance between their inputs and outputs, which
+    predicts the loss better than weights do; for experts alone, the mean square of what they add (`energy`); for
+    tokens, their use, and nothing to fit."""
 
     name = "best"
     summary = "units chosen by gradients, then the weights that consumed removed units are refitted (the default)"

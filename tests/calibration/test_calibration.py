@@ -13,7 +13,7 @@ from transformers import GenerationConfig
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from llmpruner import DataError, UnsupportedModelError
-from llmpruner.calibration import chat, written
+from llmpruner.calibration import calibration, chat, written
 from llmpruner.calibration.base import SampleTask
 from llmpruner.calibration.calibration import (
     CalibrationJob,
@@ -24,6 +24,7 @@ from llmpruner.calibration.calibration import (
     parse_calibration,
 )
 from llmpruner.component import ComponentSettings
+from llmpruner.engine.execution import Execution
 from llmpruner.errors import PluginError, SettingsError
 
 
@@ -320,6 +321,16 @@ def test_settings_reach_their_source_and_are_recorded(gqa):
     assert job_of("self,a.txt").writes
     with pytest.raises(SettingsError, match=r"calibration source counting: unknown setting 'end'\. Known: start"):
         parse_calibration("counting", SOURCES, {"counting": {"end": 2}})
+
+
+def test_a_default_is_two_thirds_for_a_large_model(gqa, monkeypatch):
+    monkeypatch.setattr(calibration, "LARGE", gqa.graph.decoder_parameters)
+    asked, default = job_of("counting", samples=6), replace(job_of("counting", samples=6), fixed_samples=False)
+    assert (asked.samples_for(gqa), default.samples_for(gqa)) == (6, 4)
+    assert default.sample(gqa, Execution(gqa.weights), 0).input_ids.tolist() == [[0, 1], [2, 3], [4, 5], [6, 7]]
+    assert replace(job_of("counting,counting", samples=2), fixed_samples=False).samples_for(gqa) == 2, "one of each"
+    monkeypatch.setattr(calibration, "LARGE", gqa.graph.decoder_parameters + 1)
+    assert default.samples_for(gqa) == 6
 
 
 def test_a_source_that_gives_something_else_is_named(gqa, monkeypatch):
