@@ -6,8 +6,8 @@
 
 Each row is one `llmpruner prune --ratio 0.2` in a process of its own, by this version or by the one in FOLDER, then the
 divergence from the dense model on the texts of `benchmarks.quality`. Rows are kept in ``results/seeds.jsonl``; the
-table in ``docs/how-to/prune.md`` has the means over the seeds of one commit and number of samples, and how far a seed
-is above the mean on any text.
+table in ``docs/how-to/prune.md`` has the means over the seeds of one commit and number of samples, how far a seed is
+above the mean on any text, and the minutes that the run said before.
 """
 
 from __future__ import annotations
@@ -53,14 +53,14 @@ def measure(model: str, seed: int, checkout: Path, options: list[str]) -> dict[s
     head, dense = subprocess.run(command, capture_output=True, text=True, check=True), str(MODELS[model]())
     with tempfile.TemporaryDirectory() as work:
         output = str(Path(work) / "pruned")
-        arguments = ("prune", dense, "--ratio", "0.2", "--set", f"prune.seed={seed}", *options, "-o", output)
+        arguments = ("prune", dense, "--ratio", "0.2", "--set", f"prune.seed={seed}", *options, "-o", output, "--json")
         done = run(*arguments, checkout=checkout, timeout=4 * 3600)
-        ran, record = (json.loads((Path(output) / name).read_text()) for name in ("run.json", "llmpruner.json"))
+        said, stages = json.loads(done["output"]), json.loads((Path(output) / "run.json").read_text())["stages"]
         texts = measured_on(dense, output, data_folder())["texts"]
     return {
         "model": model, "commit": head.stdout.strip(), "options": options, "seed": seed,
-        "samples": record["plans"][-1]["compensation"]["samples"], "seconds": done["seconds"],
-        "peak_mib": done["peak_mib"], "stages": {stage["name"]: stage["seconds"] for stage in ran["stages"]},
+        "samples": said["plan"]["compensation"]["samples"], "said": said["forecast"].get("seconds"),
+        "seconds": done["seconds"], "peak_mib": done["peak_mib"], "stages": {s["name"]: s["seconds"] for s in stages},
         "machine": machine(), "kl": {name: texts[name]["kl_per_token"] for name in COLUMNS},
     }  # fmt: skip
 
@@ -69,13 +69,14 @@ def table(rows: list[dict[str, Any]]) -> str:
     together: defaultdict[tuple[str, int, str], list[dict[str, Any]]] = defaultdict(list)
     for row in rows:
         together[row["model"], row["samples"], row["commit"]].append(row)
-    lines = ["| model | samples | seeds | divergence | worst | minutes | GiB | commit |", "|---" * 8 + "|"]
+    lines = ["| model | samples | seeds | divergence | worst | minutes | said | GiB | commit |", "|---" * 9 + "|"]
     for (model, samples, commit), same in sorted(together.items(), key=lambda each: [*MODELS].index(each[0][0])):
         means = {name: fmean(row["kl"][name] for row in same) for name in COLUMNS}
         worst = max(row["kl"][name] / means[name] - 1 for row in same for name in COLUMNS)
-        took = "–".join(f"{limit(row['seconds'] for row in same) / 60:.1f}" for limit in (min, max))
+        took, said = ([row[key] / 60 for row in same if row.get(key)] for key in ("seconds", "said"))
         cells = [model, str(samples), str(len(same)), f"{fmean(means.values()):.3f}", f"+{worst:.0%}" if worst else "–"]
-        cells += [took, f"{max(row['peak_mib'] for row in same) / 1024:.1f}", commit]
+        cells += [f"{fmean(took):.1f}", f"{fmean(said):.1f}" if said else "–"]
+        cells += [f"{max(row['peak_mib'] for row in same) / 1024:.1f}", commit]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 

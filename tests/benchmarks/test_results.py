@@ -1,12 +1,14 @@
 """Tables in docs are those that the benchmarks make of the committed results."""
 
 import json
+from statistics import fmean
 
 import pytest
 
 from benchmarks import criteria, quality, seeds, sizes, speed, support_matrix, vocabulary
 from benchmarks.measure import marks
 
+DEMO = next(iter(quality.MODELS))
 TABLES = {"criteria": criteria, "vocabulary": vocabulary, "sizes": sizes, "speed": speed}
 
 
@@ -23,6 +25,17 @@ def test_the_table_of_samples_is_that_of_the_rows():
     assert page.partition(begin)[2].partition(end)[0].strip() == seeds.table(seeds.read())
 
 
+def test_readme_says_what_fewer_samples_cost():
+    many, few = ([row for row in seeds.read() if row["model"] == DEMO and row["samples"] == n] for n in (256, 96))
+    assert min(len(many), len(few)) >= 3
+    time, divergence = (
+        fmean(value(row) for row in few) / fmean(value(row) for row in many)
+        for value in (lambda row: row["seconds"], lambda row: fmean(row["kl"].values()))
+    )
+    said = f"takes {time:.0%} of the time and is [{divergence - 1:.0%} further]".replace("%", " %")
+    assert said in (quality.ROOT / "README.md").read_text(encoding="utf-8")
+
+
 def test_written_pages_are_those_of_the_results():
     assert quality.PAGE.read_text(encoding="utf-8") == quality.page(
         quality.read(quality.RESULTS), quality.read(quality.AGAIN)
@@ -35,7 +48,7 @@ def test_figures_in_prose_are_those_of_the_rows():
     done = quality.read(quality.RESULTS)
 
     def entry(method, shape="uniform"):
-        return done[quality.Row(next(iter(quality.MODELS)), method, 0.2, shape, "self-written")]
+        return done[quality.Row(DEMO, method, 0.2, shape, "self-written")]
 
     best, recovered, free = (
         f"{quality.mean_divergence(entry(*row)):.2f}" for row in (("best",), ("best, recovered",), ("best", "free"))
