@@ -33,11 +33,11 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as work:
             done = run("prune", dense, "--ratio", "0.2", "--method", "fast", "--json", "-o", f"{work}/pruned")
             outcome = json.loads(done["output"])["result"]
-            rows = {"its own file": {"seconds": 0.0, **facts(Path(dense))}}
+            rows = {"its own file": facts(Path(dense))}
             for row, model in (("dense", dense), ("pruned", f"{work}/pruned")):
-                seconds = run("export", model, *QUANT, "-o", f"{work}/{row}")["seconds"]
+                run("export", model, *QUANT, "-o", f"{work}/{row}")
                 (file,) = Path(work, row).glob("*.gguf")
-                rows[row] = {"seconds": seconds, **facts(file)}
+                rows[row] = facts(file)
         results[name] = {"machine": machine(), "removed": outcome["decoder_removed"], "rows": rows}
         RESULTS.write_text(as_json(results))
     write_table(PAGE, "gguf-sizes", table(results))

@@ -28,14 +28,16 @@ def run(
     started = time.monotonic()
     command = [sys.executable, "-m", module, *arguments]
     # Python takes packages from the current folder first.
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, cwd=checkout)
-    limit = threading.Timer(timeout, process.kill)
-    limit.start()
-    output = process.stdout.read()
-    _, status, usage = os.wait4(process.pid, 0)
-    limit.cancel()
-    if status:
-        raise SystemExit(f"{' '.join(command)} failed with status {status}")
+    with tempfile.TemporaryFile("w+") as messages:
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=messages, text=True, cwd=checkout)
+        limit = threading.Timer(timeout, process.kill)
+        limit.start()
+        output = process.stdout.read()
+        _, status, usage = os.wait4(process.pid, 0)
+        limit.cancel()
+        if status:
+            messages.seek(0)
+            raise SystemExit(f"{' '.join(command)} failed with status {status}:\n{messages.read()[-2000:]}")
     return {
         "command": " ".join((module, *arguments)),
         "seconds": round(time.monotonic() - started, 1),

@@ -5,11 +5,11 @@ from statistics import fmean
 
 import pytest
 
-from benchmarks import criteria, quality, seeds, sizes, speed, support_matrix, vocabulary
+from benchmarks import criteria, gguf_sizes, quality, seeds, sizes, speed, support_matrix, vocabulary
 from benchmarks.measure import marks
 
 DEMO = next(iter(quality.MODELS))
-TABLES = {"criteria": criteria, "vocabulary": vocabulary, "sizes": sizes, "speed": speed}
+TABLES = {"criteria": criteria, "vocabulary": vocabulary, "sizes": sizes, "speed": speed, "gguf-sizes": gguf_sizes}
 
 
 @pytest.mark.parametrize("name, module", TABLES.items())

@@ -315,15 +315,19 @@ def test_the_search_ends_at_the_best_ridge_and_leaves_others_out(noise, monkeypa
     assert len(tried) == len(set(tried)) < fitter.trials or best in (0, len(least_squares.RIDGES) - 1)
 
 
-def test_sums_in_bfloat16_hardly_change_the_error(monkeypatch):
+@pytest.mark.parametrize("size", [1, 1000], ids=["alike", "with massive activations"])
+def test_sums_in_bfloat16_hardly_change_the_error(size, monkeypatch):
     generator = torch.Generator().manual_seed(0)
-    x, true = (torch.randn(size, generator=generator) for size in ((512, 32), (3, 32)))
-    target, x, errors = x @ true.T + torch.randn(512, 3, generator=generator), x.bfloat16(), []
+    x, true = (torch.randn(shape, generator=generator) for shape in ((512, 32), (3, 32)))
+    target = x @ true.T + torch.randn(512, 3, generator=generator)
+    massive, errors = torch.arange(512) % 128 == 0, []
+    x[massive], target[massive] = x[massive] * size, target[massive] * size
+    x = x.bfloat16()
     for fast in (False, True):
         monkeypatch.setattr(least_squares, "multiplies_bfloat16_fast", lambda _, fast=fast: fast)
         fitter = fitter_of(true + 0.5)
         add(fitter, x, target)
-        errors.append(float((x.float() @ solve(fitter)[0].T - target).square().sum()))
+        errors.append(float((x.float() @ solve(fitter)[0].T - target)[~massive].square().sum()))
     assert errors[0] != errors[1] == pytest.approx(errors[0], rel=0.01)
 
 

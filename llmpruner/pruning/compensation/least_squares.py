@@ -32,6 +32,8 @@ _BLOCK = 1024
 """Inputs at a time for which errors are computed in float64."""
 _OUTPUTS = 128
 """The least number of outputs that errors are computed of, where there are more."""
+_MASSIVE = 4
+"""Times the median norm of tokens; massive activations have hundreds of times."""
 
 Matrix = tuple[str, int | None]
 """Name of a parameter, and the number of the matrix in a stacked one."""
@@ -227,9 +229,16 @@ class _Sums:
         self.rows = int(*ranks.totals(self.rows))
 
     def add(self, inputs: torch.Tensor, targets: torch.Tensor) -> None:
-        """``inputs``: in float32, or in bfloat16, whose products are rounded: beside the ridge, that is little."""
-        add_gram(self.gram, inputs)
-        add_product(self.cross, inputs.T, targets.to(inputs.dtype))
+        """``inputs``: in float32, or in bfloat16, whose products are rounded. Beside the ridge, that is little, but not
+        for the few tokens with massive activations: their rounding would exceed what all others add, so that they are
+        added in float32."""
+        parts = [(inputs, targets)]
+        if inputs.dtype == torch.bfloat16:
+            massive = _is_massive(inputs) | _is_massive(targets)
+            parts = [(inputs[~massive], targets[~massive]), (inputs[massive].float(), targets[massive])]
+        for inputs_NI, targets_NO in parts:
+            add_gram(self.gram, inputs_NI)
+            add_product(self.cross, inputs_NI.T, targets_NO.to(inputs_NI.dtype))
         self.squares += targets.square().sum(0)
         self.rows += len(inputs)
 
@@ -246,6 +255,13 @@ class _Sums:
             product -= 2 * self.cross[rows, ::step].to(weight_IO)
             total += float((product * weight_IO[rows]).sum())
         return total / max(self.rows, 1)
+
+
+def _is_massive(rows: torch.Tensor) -> torch.Tensor:
+    """Which of the rows (N, …) have a norm far above that of most (Sun et al., "Massive Activations", 2024)."""
+    norms = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float32)
+    massive: torch.Tensor = norms > _MASSIVE * norms.median()
+    return massive
 
 
 def _ridge(sums: _Sums, old_IO: torch.Tensor, ridge: float, step: int = 1) -> torch.Tensor | None:
