@@ -35,8 +35,8 @@ def main() -> None:
             outcome = json.loads(done["output"])["result"]
             rows = {"its own file": facts(Path(dense))}
             for row, model in (("dense", dense), ("pruned", f"{work}/pruned")):
-                run("export", model, *QUANT, "-o", f"{work}/{row}")
-                (file,) = Path(work, row).glob("*.gguf")
+                run("export", model, *QUANT, "-o", f"{work}/{row}-q4")
+                (file,) = Path(work, f"{row}-q4").glob("*.gguf")
                 rows[row] = facts(file)
         results[name] = {"machine": machine(), "removed": outcome["decoder_removed"], "rows": rows}
         RESULTS.write_text(as_json(results))
