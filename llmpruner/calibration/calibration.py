@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 COMPARED = 2048
 """Tokens to compare a pruned model with: at least one sample, and no more samples than of calibration."""
 LARGE = 250_000_000
-"""Decoder parameters from which a default number of samples is two thirds: each takes longer, and brings less."""
+"""Decoder parameters from which a default number of samples is two thirds, as each takes longer."""
 
 
 class TextSource(CalibrationSource):
