@@ -68,9 +68,11 @@ def measure(model: str, seed: int, checkout: Path, options: list[str]) -> dict[s
 def table(rows: list[dict[str, Any]]) -> str:
     together: defaultdict[tuple[str, int, str], list[dict[str, Any]]] = defaultdict(list)
     for row in rows:
-        together[row["model"], row["samples"], row["commit"]].append(row)
+        together[" ".join([row["model"], *row["options"]]), row["samples"], row["commit"]].append(row)
     lines = ["| model | samples | seeds | divergence | worst | minutes | said | GiB | commit |", "|---" * 9 + "|"]
-    for (model, samples, commit), same in sorted(together.items(), key=lambda each: [*MODELS].index(each[0][0])):
+    for (model, samples, commit), same in sorted(
+        together.items(), key=lambda each: [*MODELS].index(each[0][0].split()[0])
+    ):
         means = {name: fmean(row["kl"][name] for row in same) for name in COLUMNS}
         worst = max(row["kl"][name] / means[name] - 1 for row in same for name in COLUMNS)
         took, said = ([row[key] / 60 for row in same if row.get(key)] for key in ("seconds", "said"))

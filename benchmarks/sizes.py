@@ -1,9 +1,9 @@
 """Memory and time of a prune against the size of the model: random LLaMAs of 0.2 to 13 billion parameters, streamed
 from their files.
 
-    LLMPRUNER_DATA=… python -m benchmarks.sizes [SHAPE …]
+    LLMPRUNER_DATA=… python -m benchmarks.sizes [ROW …]
 
-``SHAPE``: of `LIMITS`; the others keep their results. Writes ``results/sizes.json`` and the table in
+``ROW``: of `ROWS`; the others keep their results. Writes ``results/sizes.json`` and the table in
 ``docs/how-to/scale.md``. Needs an idle machine, and for 13B 50 GB of disk.
 """
 
@@ -20,15 +20,23 @@ from .measure import as_json, data_folder, machine, run, write_table
 
 RESULTS = Path(__file__).parent / "results" / "sizes.json"
 PAGE = Path(__file__).parents[1] / "docs" / "how-to" / "scale.md"
-LIMITS = {"wide": "1GiB", "1b": "2GiB", "3b": "3GiB", "7b": "4GiB", "13b": "6GiB"}
-"""Shapes of `benchmarks.shapes`, and ``--max-memory``."""
+ROWS = {
+    "wide": ("llm-pruner", "1GiB"),
+    "1b": ("llm-pruner", "2GiB"),
+    "3b": ("llm-pruner", "3GiB"),
+    "7b": ("llm-pruner", "4GiB"),
+    "13b": ("llm-pruner", "6GiB"),
+    "7b, best": ("best", "6GiB"),
+}
+"""Shape of `benchmarks.shapes`, before a comma → method, and ``--max-memory``."""
+SAMPLES = {"best": ("--samples", "32")}
 TEXT = "wikitext2_unk_validation.jsonl"
 """Of the data folder. Text that a model writes takes a pass over all weights for every token."""
 
 
 def main() -> None:
     results: dict[str, Any] = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
-    for name in sys.argv[1:] or list(LIMITS):
+    for name in sys.argv[1:] or list(ROWS):
         results[name] = {"machine": machine(), **pruned(name)}
         RESULTS.write_text(as_json(results))
         print(name, results[name]["seconds"], results[name]["peak_mib"])
@@ -37,27 +45,28 @@ def main() -> None:
 
 def pruned(name: str) -> dict[str, Any]:
     """One prune of a random model."""
-    text = data_folder() / TEXT
+    text, (method, limit) = data_folder() / TEXT, ROWS[name]
     with tempfile.TemporaryDirectory() as work:
-        model = Path(work) / name
-        subprocess.run([sys.executable, "-m", "benchmarks.shapes", name, str(model)], check=True)
+        model = Path(work) / name.partition(",")[0]
+        subprocess.run([sys.executable, "-m", "benchmarks.shapes", model.name, str(model)], check=True)
         weights = sum(file.stat().st_size for file in model.glob("*.safetensors"))
-        options = ("--method", "llm-pruner", "--ratio", "0.2", "--calibration", str(text), "--max-memory", LIMITS[name])
-        done = run("prune", str(model), *options, "-o", f"{work}/out")
+        options = ("--method", method, *SAMPLES.get(method, ()), "--ratio", "0.2", "--calibration", str(text))
+        done = run("prune", str(model), *options, "--max-memory", limit, "-o", f"{work}/out", timeout=4 * 3600)
     done.pop("output")
     command = done["command"].replace(work, "$WORK").replace(str(text.parent), "$LLMPRUNER_DATA")
     return {**done, "command": command, "weights": weights}
 
 
 def table(results: dict[str, Any]) -> str:
-    lines = ["| model | weights | `--max-memory` | peak memory | seconds |", "|---|---|---|---|---|"]
-    for name in (name for name in LIMITS if name in results):
-        row = results[name]
+    lines = ["| model | weights | method | `--max-memory` | peak memory | seconds |", "|---" * 6 + "|"]
+    for name in (name for name in ROWS if name in results):
+        row, (method, limit) = results[name], ROWS[name]
+        options = " ".join((method, *SAMPLES.get(method, ())))
         lines.append(
-            f"| {name} | {row['weights'] / 2**30:.1f} GiB | {LIMITS[name]} "
+            f"| {name.partition(',')[0]} | {row['weights'] / 2**30:.1f} GiB | {options} | {limit} "
             f"| {row['peak_mib'] / 1024:.1f} GiB | {row['seconds']:.0f} |"
         )
-    measured = next(results[name]["machine"] for name in LIMITS if name in results)
+    measured = next(results[name]["machine"] for name in ROWS if name in results)
     return "\n".join([*lines, "", f"{measured['cpu']}, {measured['cores']} cores; `python -m benchmarks.sizes`."])
 
 
