@@ -50,21 +50,21 @@ def pruned(name: str) -> dict[str, Any]:
         model = Path(work) / name.partition(",")[0]
         subprocess.run([sys.executable, "-m", "benchmarks.shapes", model.name, str(model)], check=True)
         weights = sum(file.stat().st_size for file in model.glob("*.safetensors"))
-        options = ("--method", method, *SAMPLES.get(method, ()), "--ratio", "0.2", "--calibration", str(text))
-        done = run("prune", str(model), *options, "--max-memory", limit, "-o", f"{work}/out", timeout=4 * 3600)
-    done.pop("output")
+        options = ("--method", method, *SAMPLES.get(method, ()), "--ratio", "0.2", "--max-memory", limit, "--json")
+        done = run("prune", str(model), *options, "--calibration", str(text), "-o", f"{work}/out", timeout=4 * 3600)
+    said = json.loads(done.pop("output"))["forecast"].get("seconds")
     command = done["command"].replace(work, "$WORK").replace(str(text.parent), "$LLMPRUNER_DATA")
-    return {**done, "command": command, "weights": weights}
+    return {**done, "command": command, "weights": weights, "said": said}
 
 
 def table(results: dict[str, Any]) -> str:
-    lines = ["| model | weights | method | `--max-memory` | peak memory | seconds |", "|---" * 6 + "|"]
+    lines = ["| model | weights | method | `--max-memory` | peak memory | seconds | said before |", "|---" * 7 + "|"]
     for name in (name for name in ROWS if name in results):
         row, (method, limit) = results[name], ROWS[name]
-        options = " ".join((method, *SAMPLES.get(method, ())))
+        options, said = " ".join((method, *SAMPLES.get(method, ()))), row.get("said")
         lines.append(
             f"| {name.partition(',')[0]} | {row['weights'] / 2**30:.1f} GiB | {options} | {limit} "
-            f"| {row['peak_mib'] / 1024:.1f} GiB | {row['seconds']:.0f} |"
+            f"| {row['peak_mib'] / 1024:.1f} GiB | {row['seconds']:.0f} | {f'{said:.0f}' if said else '–'} |"
         )
     measured = next(results[name]["machine"] for name in ROWS if name in results)
     return "\n".join([*lines, "", f"{measured['cpu']}, {measured['cores']} cores; `python -m benchmarks.sizes`."])
