@@ -70,9 +70,8 @@ def table(rows: list[dict[str, Any]]) -> str:
     for row in rows:
         together[" ".join([row["model"], *row["options"]]), row["samples"], row["commit"]].append(row)
     lines = ["| model | samples | seeds | divergence | worst | minutes | said | GiB | commit |", "|---" * 9 + "|"]
-    for (model, samples, commit), same in sorted(
-        together.items(), key=lambda each: [*MODELS].index(each[0][0].split()[0])
-    ):
+    order = [*MODELS]
+    for (model, samples, commit), same in sorted(together.items(), key=lambda each: order.index(each[0][0].split()[0])):
         means = {name: fmean(row["kl"][name] for row in same) for name in COLUMNS}
         worst = max(row["kl"][name] / means[name] - 1 for row in same for name in COLUMNS)
         took, said = ([row[key] / 60 for row in same if row.get(key)] for key in ("seconds", "said"))
