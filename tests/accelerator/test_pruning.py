@@ -1,10 +1,13 @@
 """On a device, every method and criterion makes the CPU's plan and the CPU's weights, bit for bit."""
 
+import itertools
+
 import pytest
 from device_cases import begin, dense, differences, prune, said, text
 
 FLOAT64, NONE = "float64", "no float64"
 RESIDENT, STREAMED = "resident", "streamed"
+EVERY = tuple(itertools.product((FLOAT64, NONE), (RESIDENT, STREAMED)))
 TEXT = {"samples": 4, "length": 16}
 KINDS = {
     "mlp,attention": {"ratio": 0.2},
@@ -14,7 +17,7 @@ KINDS = {
     "vocabulary": {"ratio": 0.01, "budget": "parameters"},
 }
 MODELS = {"expert": "mixtral"}
-METHODS = ("best", "fast", "llm-pruner")
+METHODS = {"best": EVERY, "fast": EVERY[1:3], "llm-pruner": EVERY[1:3]}
 
 
 def different(cases, places, *, device="standin", bfloat16=False):
@@ -49,7 +52,7 @@ def of_method(method):
     }
     if method == "llm-pruner":
         cases["vocabulary"][1]["importance"] = "vocabulary"  # its own scores no tokens
-    return different(cases, [(FLOAT64, STREAMED), (NONE, RESIDENT)])
+    return different(cases, METHODS[method])
 
 
 LAYER = {"kinds": "layer", **KINDS["layer"]}
@@ -107,5 +110,4 @@ def in_memory():
 
 def in_bfloat16():
     cases = with_text({"best": {"method": "best", "kinds": "mlp,attention"}, "taylor": {"importance": "taylor"}})
-    cases = {name: ("llama", settings) for name, settings in cases.items()}
-    return different(cases, [(NONE, RESIDENT), (NONE, STREAMED)], bfloat16=True)
+    return different({name: ("llama", settings) for name, settings in cases.items()}, EVERY[2:], bfloat16=True)
