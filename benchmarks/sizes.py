@@ -26,10 +26,9 @@ ROWS = {
     "3b": ("llm-pruner", "3GiB"),
     "7b": ("llm-pruner", "4GiB"),
     "13b": ("llm-pruner", "6GiB"),
-    "7b, best": ("best", "6GiB"),
+    "7b, best": ("best --samples 32", "6GiB"),
 }
-"""Shape of `benchmarks.shapes`, before a comma → method, and ``--max-memory``."""
-SAMPLES = {"best": ("--samples", "32")}
+"""Shape of `benchmarks.shapes`, before a comma → ``--method`` and what goes with it, and ``--max-memory``."""
 TEXT = "wikitext2_unk_validation.jsonl"
 """Of the data folder. Text that a model writes takes a pass over all weights for every token."""
 
@@ -50,7 +49,7 @@ def pruned(name: str) -> dict[str, Any]:
         model = Path(work) / name.partition(",")[0]
         subprocess.run([sys.executable, "-m", "benchmarks.shapes", model.name, str(model)], check=True)
         weights = sum(file.stat().st_size for file in model.glob("*.safetensors"))
-        options = ("--method", method, *SAMPLES.get(method, ()), "--ratio", "0.2", "--max-memory", limit, "--json")
+        options = ("--method", *method.split(), "--ratio", "0.2", "--max-memory", limit, "--json")
         done = run("prune", str(model), *options, "--calibration", str(text), "-o", f"{work}/out", timeout=4 * 3600)
     said = json.loads(done.pop("output"))["forecast"].get("seconds")
     command = done["command"].replace(work, "$WORK").replace(str(text.parent), "$LLMPRUNER_DATA")
@@ -61,9 +60,9 @@ def table(results: dict[str, Any]) -> str:
     lines = ["| model | weights | method | `--max-memory` | peak memory | seconds | said before |", "|---" * 7 + "|"]
     for name in (name for name in ROWS if name in results):
         row, (method, limit) = results[name], ROWS[name]
-        options, said = " ".join((method, *SAMPLES.get(method, ()))), row.get("said")
+        said = row.get("said")
         lines.append(
-            f"| {name.partition(',')[0]} | {row['weights'] / 2**30:.1f} GiB | {options} | {limit} "
+            f"| {name.partition(',')[0]} | {row['weights'] / 2**30:.1f} GiB | {method} | {limit} "
             f"| {row['peak_mib'] / 1024:.1f} GiB | {row['seconds']:.0f} | {f'{said:.0f}' if said else '–'} |"
         )
     measured = next(results[name]["machine"] for name in ROWS if name in results)
