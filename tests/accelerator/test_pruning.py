@@ -111,4 +111,5 @@ def in_memory():
 
 def in_bfloat16():
     cases = with_text({"best": {"method": "best", "kinds": "mlp,attention"}, "taylor": {"importance": "taylor"}})
-    return different({name: ("llama", settings) for name, settings in cases.items()}, [(NONE, RESIDENT), (NONE, STREAMED)], bfloat16=True)
+    cases = {name: ("llama", settings) for name, settings in cases.items()}
+    return different(cases, [(NONE, RESIDENT), (NONE, STREAMED)], bfloat16=True)
