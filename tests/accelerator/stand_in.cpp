@@ -12,6 +12,7 @@
 #include <ATen/ops/as_strided_native.h>
 #include <ATen/ops/unfold_native.h>
 #include <ATen/ops/view_native.h>
+#include <c10/core/CachingDeviceAllocator.h>
 #include <c10/core/impl/DeviceGuardImplInterface.h>
 #include <c10/core/impl/alloc_cpu.h>
 #include <torch/library.h>
@@ -87,7 +88,7 @@ struct Owned {
 };
 void release(void* owned) { delete static_cast<Owned*>(owned); }
 
-struct Allocator final : at::Allocator {
+struct Allocator final : c10::DeviceAllocator {  // as torch.accelerator asks
   at::DataPtr allocate(size_t bytes) override {
     auto* owned = new Owned(current, bytes);
     owned->memory = c10::alloc_cpu(bytes);
@@ -95,6 +96,12 @@ struct Allocator final : at::Allocator {
   }
   at::DeleterFnPtr raw_deleter() const override { return nullptr; }
   void copy_data(void* to, const void* from, size_t bytes) const override { std::memcpy(to, from, bytes); }
+  bool initialized() override { return true; }
+  void emptyCache(c10::MempoolId_t) override {}
+  void recordStream(const at::DataPtr&, Stream) override {}
+  c10::CachingDeviceAllocator::DeviceStats getDeviceStats(DeviceIndex) override { return {}; }
+  void resetAccumulatedStats(DeviceIndex) override {}
+  void resetPeakStats(DeviceIndex) override {}
 };
 Allocator allocator;
 
