@@ -186,9 +186,8 @@ class RecoverSettings(Settings):
     alone; see `llmpruner plugins`."""
     limit: int | None = option(None, ge=1)
     """Number of examples to draw at random; all by default."""
-    learning_rate: float | None = option(None, _TRAINING, gt=0)
-    """Peak learning rate. By default 1e-4 or, of all weights in fewer than 100 steps, proportionally less; with
-    --minutes, the peak is proportionally lower where fewer than 100 steps fit."""
+    learning_rate: float = option(1e-4, _TRAINING, gt=0)
+    """Peak learning rate."""
     epochs: float = option(2.0, _TRAINING, gt=0, le=100_000)
     """Passes over the data."""
     max_steps: int | None = option(None, _TRAINING, ge=1, le=10**9)
@@ -197,14 +196,14 @@ class RecoverSettings(Settings):
     """Time that the training may take, instead of --epochs: the learning rate falls with it. Generating the examples of
     --data self, loading and saving the model come on top."""
     batch_size: int | None = option(None, _TRAINING, ge=1, le=2**20)
-    """Examples per step. By default 64, halved down to 2 while --epochs give fewer than 200 steps; with --minutes 4."""
+    """Rows per step. By default 64, halved down to 2 while --epochs give fewer than 200 steps; with --minutes 4."""
     micro_batch_size: int = option(4, ge=1, advanced=True)
-    """Examples in memory at once; gradients accumulate up to the batch size."""
+    """Rows in memory at once; gradients accumulate up to the batch size."""
     sharded: bool | None = option(None, advanced=True)
     """Whether several processes keep shards of weights, gradients and optimizer, by torch's FSDP, instead of a copy
     each; by default where the copies would not fit into memory."""
-    cutoff: int = option(256, _TRAINING, ge=2, le=2**20)
-    """Tokens per example; longer instructions and conversations are cut, texts are joined to rows of so many."""
+    cutoff: int = option(512, _TRAINING, ge=2, le=2**20)
+    """Tokens per row: examples are joined, one after the other, and cut into rows of so many."""
     validation: float = option(0.02, _TRAINING, ge=0)
     """Examples that are measured and not trained on: below 1 a share of --data (48 to 128 examples, at most a fifth),
     else a number. The weights with the lowest loss on them, the start's included, are the result. With 0, all are

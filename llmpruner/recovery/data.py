@@ -12,9 +12,10 @@ from __future__ import annotations
 import math
 import os
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
+from itertools import chain
 from os.path import isfile
 from typing import TYPE_CHECKING, Any
 
@@ -128,8 +129,10 @@ def write_examples(text: DenseText, dense: Model, seed: int, progress: Progress 
 
 @dataclass(frozen=True)
 class TrainingData:
-    """Tokenised examples. ``validation``: with ``held_out``, rows that are not trained on; else some of ``rows``."""
+    """``rows``: of so many ``examples``; ``validation``: with ``held_out``, rows that are not trained on, else some of
+    ``rows``."""
 
+    examples: int
     rows: list[Row]
     validation: list[Row]
     held_out: bool
@@ -142,8 +145,9 @@ def prepare(
     tokenizer: Any,
     positions: int | None = None,
 ) -> TrainingData:
-    """Mix all ``sources``, hold some examples back, and tokenise: an instruction or a conversation is a row, in the
-    model's chat format and cut at ``cutoff``; texts are joined to rows of ``cutoff`` tokens. Raises `DataError`."""
+    """Mix all ``sources``, hold some examples back, and tokenise. Examples to train on are joined, one after the other,
+    and cut into rows of ``cutoff`` tokens; those held back are rows of their own, of ``cutoff`` tokens at most. Each
+    ends with the end of text; instructions and conversations are in the model's chat format. Raises `DataError`."""
     examples = mixed([(share, sources[source]) for source, share in parse_mixture(settings.data)], settings.seed)
     if settings.limit is not None:
         random.Random(settings.seed).shuffle(examples)
@@ -156,27 +160,29 @@ def prepare(
         count = min(max(round(settings.validation * len(examples)), _LEAST), _MOST, len(examples) // 5)
     chosen = set(random.Random(f"{settings.seed} validation").sample(range(len(examples)), count))
     cutoff = settings.cutoff if positions is None else min(settings.cutoff, positions)
-    rows = _tokenised([e for n, e in enumerate(examples) if n not in chosen], family, tokenizer, cutoff)
-    validation = _tokenised([e for n, e in enumerate(examples) if n in chosen], family, tokenizer, cutoff)
-    if not rows:
-        raise DataError(f"{settings.data}: no example has two tokens, so there is nothing to train on")
-    return TrainingData(rows, validation or rows[:: max(1, len(rows) // _LEAST)][:_LEAST], bool(validation))
-
-
-def _tokenised(examples: Sequence[tuple[str, Example]], family: ModelFamily, tokenizer: Any, cutoff: int) -> list[Row]:
-    """Rows of 2 to ``cutoff`` tokens."""
-    rows: list[list[int]] = []
+    held_back: list[list[int]] = []
     joined: list[int] = []
-    for place, entry in examples:
-        texts = texts_at(place, entry, family, tokenizer)
-        if isinstance(entry, Completion):
-            for text in texts:
-                ids, end = token_ids(text, tokenizer), tokenizer.eos_token_id
-                joined += ids if end is None or ids[-1:] == [end] else [*ids, end]
+    for number, (place, entry) in enumerate(examples):
+        texts = [_ended(token_ids(text, tokenizer), tokenizer) for text in texts_at(place, entry, family, tokenizer)]
+        if number in chosen:
+            held_back += [ids[:cutoff] for ids in texts]
         else:
-            rows += [token_ids(text, tokenizer)[:cutoff] for text in texts]
+            joined += chain.from_iterable(texts)
     # What fills no row at the end is left out, unless it is all there is.
     whole = max(len(joined) - len(joined) % cutoff, min(len(joined), cutoff))
-    rows += [joined[start : start + cutoff] for start in range(0, whole, cutoff)]
+    rows = _rows(joined[start : start + cutoff] for start in range(0, whole, cutoff))
+    if not rows:
+        raise DataError(f"{settings.data}: no example has two tokens, so there is nothing to train on")
+    validation = _rows(held_back)
+    some = validation or rows[:: max(1, len(rows) // _LEAST)][:_LEAST]
+    return TrainingData(len(examples) - len(chosen), rows, some, bool(validation))
+
+
+def _ended(ids: list[int], tokenizer: Any) -> list[int]:
+    end = tokenizer.eos_token_id
+    return ids if end is None or ids[-1:] == [end] else [*ids, end]
+
+
+def _rows(tokens: Iterable[list[int]]) -> list[Row]:
     # The first token of a row is not predicted.
-    return [{"input_ids": ids, "labels": ids} for ids in rows if len(ids) > 1]
+    return [{"input_ids": ids, "labels": ids} for ids in tokens if len(ids) > 1]

@@ -92,18 +92,6 @@ def trained_tokens(batch: Batch) -> int:
     return int(trained_places(batch["labels"]).sum())
 
 
-def by_length(batch: Batch) -> list[Batch]:
-    """Split a batch into parts whose rows differ in length by less than a factor of two, each padded by itself."""
-    lengths = batch["attention_mask"].sum(1)
-    parts: list[Batch] = []
-    while len(lengths):
-        longer = 2 * lengths > lengths.max()
-        used = batch["attention_mask"][longer].any(0)
-        parts.append({name: value[longer][:, used] for name, value in batch.items()})
-        batch, lengths = {name: value[~longer] for name, value in batch.items()}, lengths[~longer]
-    return parts
-
-
 def mean_over_tokens(logits_BTV: torch.Tensor, labels_BT: torch.Tensor, term: Term) -> torch.Tensor:
     """Mean of ``term`` over the tokens whose next one is trained on: a scalar in float32, 0 where there is none.
 

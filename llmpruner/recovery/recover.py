@@ -105,7 +105,7 @@ def recover(
 def _reads_once(setup: RecoverySetup, data: TrainingData, ranks: Ranks) -> bool:
     """Whether a training reads no row twice; one that is limited by time is taken for one."""
     rows = len(data.rows)
-    settings = filled_in(setup.settings, rows, ranks.count, adapters=setup.strategy.needs_peft)
+    settings = filled_in(setup.settings, rows, ranks.count)
     assert settings.batch_size is not None, "filled in"
     return settings.minutes is not None or planned_steps(settings, rows) <= math.ceil(rows / settings.batch_size)
 
@@ -133,7 +133,7 @@ def train(
     model, strategy = loaded.network, setup.strategy
     check_ids(torch.tensor([max(max(row["input_ids"]) for row in (*data.rows, *data.validation))]), model)
     ranks = Ranks.current()
-    settings = filled_in(setup.settings, len(data.rows), ranks.count, adapters=strategy.needs_peft)
+    settings = filled_in(setup.settings, len(data.rows), ranks.count)
     about = {
         "strategy": strategy.name,
         "strategy_settings": strategy.record(),
@@ -167,7 +167,7 @@ def train(
     return result, {
         **about,
         "data": settings.data,
-        "examples": len(data.rows),
+        "examples": data.examples,
         "trainable_parameters": result.trainable_parameters,
         "losses": list(result.losses),
         "held_out": data.held_out,

@@ -30,7 +30,7 @@ from ..models.numbers import autocast_to
 from ..models.tokenizer import with_padding
 from ..settings import RecoverSettings
 from .base import RecoveryJob, TrainingResult, best_step
-from .losses import Batch, Loss, by_length, next_token_loss, trained_tokens
+from .losses import Batch, Loss, next_token_loss, trained_tokens
 from .precision import as_saved, in_float32
 from .sharding import load_shards, save_shards
 
@@ -95,7 +95,7 @@ class _Training:
 
     def __init__(self, model: Any, job: RecoveryJob, loss: Loss, autocast: bool, widened: Mapping[Any, Any]) -> None:
         self.model, self.job, self.loss, self.widened, settings = model, job, loss, widened, job.settings
-        assert settings.batch_size is not None and settings.learning_rate is not None, "filled in"
+        assert settings.batch_size is not None, "filled in"
         self.steps, self.minutes = planned_steps(settings, len(job.examples)), settings.minutes
         self.trained, self.peak = self.steps * settings.batch_size, settings.learning_rate
         # Not accelerate's, which converts all logits to float32 and does not reach a second model in the loss.
@@ -174,10 +174,8 @@ class _Training:
         for batch in batches:
             with nullcontext() if batch is batches[-1] else self.accelerator.no_sync(self.wrapped):
                 batch_here = {name: value.to(self.model.device) for name, value in batch.items()}
-                # Shards are gathered by all processes, which must call the model equally often.
-                parts = by_length(batch_here) if self.job.shards_on is None else [batch_here]
                 with self.precision():
-                    loss = sum(self.loss(self.wrapped, part) * trained_tokens(part) for part in parts) * weight
+                    loss = self.loss(self.wrapped, batch_here) * (trained_tokens(batch_here) * weight)
                 self.accelerator.backward(loss)
             losses.append(loss.detach())
         self.accelerator.clip_grad_norm_(self.wrapped.parameters(), 1.0)
@@ -189,15 +187,10 @@ class _Training:
 
     def learning_rate(self) -> float:
         """Of the next step. Linear: up to the peak in 100 steps or a tenth of the training, then down to zero at its
-        end. Where minutes give fewer than 100 steps, the peak is proportionally lower, see `filled_in`."""
+        end."""
         number, done = self.state.step + 1, self.share_done()
-        if self.minutes is None:
-            peak, of_first_tenth = 1.0, number / math.ceil(self.steps / 10)
-        else:
-            peak, of_first_tenth = min(1.0, number / (100 * done)), 10 * done
-        rise = min(1.0, max(of_first_tenth, number / 100))
-        fall = max(0.0, 1 - done)
-        return self.peak * (peak * rise * fall)
+        of_first_tenth = 10 * done if self.minutes is not None else number / math.ceil(self.steps / 10)
+        return self.peak * min(1.0, max(of_first_tenth, number / 100)) * max(0.0, 1 - done)
 
     def share_done(self) -> float:
         """The share of the training that is done, in steps or, with ``minutes``, in time; at least 1 at its end."""
@@ -319,13 +312,11 @@ def _standard_error(changes: Sequence[float], counts: Sequence[int]) -> float:
     return math.sqrt(squares * rows / max(rows - 1, 1)) / tokens
 
 
-def filled_in(settings: RecoverSettings, rows: int, processes: int, *, adapters: bool) -> RecoverSettings:
-    """``settings`` with a batch size and a learning rate for a training on ``rows`` rows, where the user gave none.
+def filled_in(settings: RecoverSettings, rows: int, processes: int) -> RecoverSettings:
+    """``settings`` with a batch size for a training on ``rows`` rows, where the user gave none.
 
     Batches are halved from 64 down to 2 while there are fewer than 200 steps: many small steps restore more than a few
-    large ones. AdamW's first steps move every weight by about the learning rate, whichever way its noisy gradient
-    points, so that a few steps of all weights at 1e-4 raise the loss: below 100, the rate is proportionally lower.
-    Raises `SettingsError` for batches that the processes of a run cannot share.
+    large ones. Raises `SettingsError` for batches that the processes of a run cannot share.
     """
     size = settings.batch_size
     if size is None:
@@ -337,12 +328,7 @@ def filled_in(settings: RecoverSettings, rows: int, processes: int, *, adapters:
         size = next(enough, sizes[-1])
     if size % processes:
         raise SettingsError(f"--batch-size {size} cannot be shared by {processes} processes; give a multiple")
-    settings = settings.model_copy(update={"batch_size": size})
-    if settings.learning_rate is not None:
-        return settings
-    # With minutes, the schedule lowers it.
-    few = 1.0 if adapters or settings.minutes is not None else planned_steps(settings, rows) / 100
-    return settings.model_copy(update={"learning_rate": 1e-4 * min(1.0, few)})
+    return settings.model_copy(update={"batch_size": size})
 
 
 def planned_steps(settings: RecoverSettings, rows: int) -> float:

@@ -13,7 +13,7 @@ from llmpruner.evaluation.perplexity import perplexity
 from llmpruner.models.vocabulary import old_ids
 from llmpruner.recovery import losses
 from llmpruner.recovery.base import RecoveryJob
-from llmpruner.recovery.losses import by_length, distillation_loss, mean_over_tokens, next_token_loss
+from llmpruner.recovery.losses import distillation_loss, mean_over_tokens, next_token_loss
 from llmpruner.recovery.strategies import DistilStrategy, FullStrategy
 from llmpruner.settings import RecoverSettings
 from llmpruner.testing import RecoveryConformance
@@ -81,17 +81,6 @@ def test_the_distillation_loss_is_the_formula(tmp_path, batch):
     next_token = functional.cross_entropy(q, batch["labels"][:, 1:][trained])
     assert float(value) == pytest.approx(float(0.75 * divergence + 0.25 * next_token), rel=1e-5)
     assert float(next_token_loss(job.model, batch).detach()) == pytest.approx(float(next_token), rel=1e-5)
-
-
-@pytest.mark.parametrize("side", ["left", "right"])
-def test_short_rows_are_not_padded_to_long_ones(side):
-    ids, mask = torch.arange(36).view(3, 12), torch.ones(3, 12, dtype=torch.int64)
-    for row, length in ((0, 4), (2, 3)):
-        mask[row, slice(None, 12 - length) if side == "left" else slice(length, None)] = 0
-    long, short = by_length({"input_ids": ids, "attention_mask": mask})
-    assert torch.equal(long["input_ids"], ids[1:2]) and short["attention_mask"].shape == (2, 4)
-    assert torch.equal(short["input_ids"][0], ids[0][mask[0] == 1])
-    assert int(short["attention_mask"].sum()) == 7
 
 
 def test_models_with_other_tokens_are_refused(tmp_path):

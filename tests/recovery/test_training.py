@@ -181,8 +181,8 @@ def test_minutes_end_a_training_that_was_interrupted_too(tmp_path):
     assert result.record["validation"][-1]["step"] == len(result.losses)
 
 
-def filled(rows=500, processes=1, adapters=True, **given):
-    return filled_in(RecoverSettings(data="a", **given), rows, processes, adapters=adapters)
+def filled(rows=500, processes=1, **given):
+    return filled_in(RecoverSettings(data="a", **given), rows, processes)
 
 
 def test_batch_sizes_and_steps_follow_the_number_of_rows():
@@ -191,14 +191,6 @@ def test_batch_sizes_and_steps_follow_the_number_of_rows():
     assert (filled(max_steps=5).batch_size, filled(minutes=5).batch_size) == (64, 4)
     with pytest.raises(SettingsError, match="--batch-size 64 cannot be shared by 3 processes"):
         filled(processes=3, batch_size=64)
-
-
-def test_a_few_steps_of_all_weights_have_a_lower_rate():
-    rates = [filled(50, adapters=False, max_steps=steps).learning_rate for steps in (300, 12)]
-    assert rates == [1e-4, pytest.approx(1.2e-5)]
-    assert filled(50, max_steps=12).learning_rate == 1e-4
-    assert filled(50, adapters=False, max_steps=12, minutes=1.0).learning_rate == 1e-4, "the schedule lowers it"
-    assert filled(50, adapters=False, max_steps=12, learning_rate=3e-4).learning_rate == 3e-4
 
 
 def test_one_process_trains_on_the_device_of_the_model_alone(tmp_path, monkeypatch):
@@ -239,7 +231,7 @@ def test_a_tokenizer_of_another_model_is_named(tmp_path):
     loaded = model_of(*pruned_model())
     loaded.network.resize_token_embeddings(50)
     known, unknown = ([{"input_ids": [3, token], "labels": [3, token]}] for token in (49, 50))
-    for data in (TrainingData(unknown, known, True), TrainingData(known, unknown, True)):
+    for data in (TrainingData(1, unknown, known, True), TrainingData(1, known, unknown, True)):
         with pytest.raises(DataError, match="it is that of another model"):
             train(loaded, RecoverySetup(RecoverSettings(), FullStrategy()), data, tmp_path, dense_model)
 

@@ -1,6 +1,7 @@
 """Data for a training: its forms, rows, and what is held back; examples that the dense model writes."""
 
 import json
+import re
 from importlib.resources import files
 from pathlib import Path
 from types import SimpleNamespace
@@ -33,12 +34,12 @@ def texts(rows):
     return [tiny_models.tokenizer().decode(row["input_ids"]) for row in rows]
 
 
-def test_an_instruction_is_a_row_and_texts_are_joined(tmp_path):
+def test_examples_are_joined(tmp_path):
     rows = [ASKED, {"text": "The fox jumps."}, {"prompt": "The sky is", "completion": " blue."}]
     data = prepared(write_lines(tmp_path / "a.jsonl", rows))
-    asked, joined = texts(data.rows)
-    assert asked == alpaca_prompt("Name the capital of France.") + "Paris.</s>"
-    assert joined == "The fox jumps.</s>The sky is blue.</s>"
+    (joined,) = texts(data.rows)
+    asked = alpaca_prompt("Name the capital of France.") + "Paris.</s>"
+    assert joined == f"{asked}The fox jumps.</s>The sky is blue.</s>"
     assert all(row["labels"] == row["input_ids"] for row in data.rows)
     (tmp_path / "a.json").write_text(json.dumps(rows))
     listed = prepared(tmp_path / "a.json")
@@ -53,26 +54,30 @@ def test_rows_have_the_length_of_the_cutoff(tmp_path):
 
 
 def test_a_share_is_held_back(tmp_path):
-    rows = [{**ASKED, "instruction": f"Question {number}"} for number in range(300)]
+    rows = [{**ASKED, "instruction": f"Question {number}."} for number in range(300)]
     source = write_lines(tmp_path / "a.jsonl", rows)
     counts = {}
     for validation, limit in ((0.02, None), (0.3, None), (0.02, 12), (5, None), (0.02, 4)):
-        data = prepared(source, validation=validation, limit=limit)
+        data = prepared(source, validation=validation, limit=limit, cutoff=100_000)
         counts[validation, limit] = len(data.validation) if data.held_out else 0
         if data.held_out:
-            assert len(data.rows) + len(data.validation) == (limit or 300)
-            assert not set(texts(data.rows)) & set(texts(data.validation))
+            held, trained = asked_in(data.validation), asked_in(data.rows)
+            assert len(held) == len(data.validation) and len(held | trained) == (limit or 300) and not held & trained
     assert counts == {(0.02, None): 48, (0.3, None): 60, (0.02, 12): 2, (5, None): 5, (0.02, 4): 0}
-    none = prepared(source)
-    assert not none.held_out and none.validation == none.rows[0:288:6]
+    none = prepared(source, cutoff=20)
+    assert not none.held_out and none.validation == none.rows[:: len(none.rows) // 48][:48]
     with pytest.raises(DataError, match="--validation takes 300 of them; leave some to train on"):
         prepared(source, validation=300)
 
 
+def asked_in(rows):
+    return set(re.findall(r"Question \d+\.", "".join(texts(rows))))
+
+
 def test_a_limit_draws_by_seed(tmp_path):
-    source = write_lines(tmp_path / "a.jsonl", [{**ASKED, "output": f"text {n}"} for n in range(50)])
-    one, again, other = (prepared(source, limit=5, seed=seed) for seed in (1, 1, 2))
-    assert len(one.rows) == 5 and one == again != other
+    source = write_lines(tmp_path / "a.jsonl", [{**ASKED, "instruction": f"Question {n}."} for n in range(50)])
+    one, again, other = (prepared(source, limit=5, seed=seed, cutoff=10_000) for seed in (1, 1, 2))
+    assert len(asked_in(one.rows)) == 5 and one == again != other
 
 
 def test_the_demo_instructions_are_complete_and_distinct():
@@ -203,7 +208,7 @@ def test_a_model_recovers_without_a_corpus(tmp_path, template):
     assert set(asked) <= set(INSTRUCTIONS) and len(set(asked)) == len(asked) and 4 <= len(asked) <= 6
     assert 14 <= sum("completion" in row for row in rows) <= 18
     record = made.record["recovery"][0]
-    assert record["data"] == "self:24" and record["examples"] > len(asked) // 2
+    assert record["data"] == "self:24" and record["examples"] == len(rows) - record["validation_examples"]
 
 
 def test_an_interrupted_job_goes_on_with_the_same_rows(home, tmp_path, monkeypatch):
