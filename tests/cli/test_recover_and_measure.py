@@ -13,7 +13,7 @@ TRAIN = ("--max-steps", 2, "--batch-size", 2, "--set", "recover.micro_batch_size
 
 
 def test_a_training_that_helps_nothing_has_its_own_exit_code(run, pruned, shared, tmp_path):
-    options = ("--strategy", "full", "--data", shared / "data.jsonl", "--max-steps", 3, "--learning-rate", 1)
+    options = ("--strategy", "full", "--data", shared / "data.jsonl", "--max-steps", 3, "--learning-rate", 5)
     result = run("recover", pruned, *options, "-o", tmp_path / "out")
     assert result.code == 3 and "no better than before" in result.err and "✓" not in result.out + result.err
 
