@@ -23,7 +23,7 @@ from .gguf_sizes import facts
 from .measure import as_json, evaluated, machine, run, write_table
 from .quality import MODELS, ROOT, version
 from .tasks import FEWER_TOKENS, RECOVERED, made
-from .vocabulary import BYTES, measured_texts
+from .vocabulary import measured_texts
 
 RESULTS = ROOT / "benchmarks" / "results" / "choose.jsonl"
 PAGE = ROOT / "docs" / "how-to" / "choose.md"
@@ -41,6 +41,8 @@ LABELS = {
 COLOURS = dict(zip(BASES, ("#444444", "#d1495b", "#b9b6ad", "#00798c"), strict=True))
 BATCHES = (1, 8)
 SPEED = ("--runtime", "llama-cpp", "--batch", ",".join(map(str, BATCHES)), "--prompt", "256", "--new", "32")
+BYTES = 12_000
+"""Of each text."""
 LOST = "Chinese"
 """Of the texts, the one whose tokens go: it is not in the mean."""
 HIGHEST = 1.6
@@ -72,7 +74,7 @@ def measure(model: str, bases: Sequence[str], work: Path) -> None:
             if any((row["model"], row["base"], row["quant"]) == (model, base, quant) for row in read()):
                 continue
             row = {"model": model, "base": base, "quant": quant, "commit": version(), "machine": machine()}
-            row |= measured(exported(made(model, base, work)[0], quant, work), model)
+            row |= measured(exported(made(model, base, work)[0], quant, work))
             with RESULTS.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
             print(as_json(row), flush=True)
@@ -88,9 +90,8 @@ def exported(path: str, quant: str, work: Path) -> Path:
     return file
 
 
-def measured(file: Path, model: str) -> dict[str, Any]:
-    # Names of `MODELS` here end in what a model is trained for.
-    texts = measured_texts(BYTES[model.removesuffix("-Instruct")])
+def measured(file: Path) -> dict[str, Any]:
+    texts = measured_texts(BYTES)
     result = evaluated(str(file), "--metrics", "answers", texts=texts)
     report = file.with_name("bench.json")
     run("bench", str(file), *SPEED, "--rounds", "5", "--json", str(report))
