@@ -183,15 +183,21 @@ def version() -> str:
 
 def options_of(row: Row, data: Path, work: Path) -> tuple[str, ...]:
     """Of `llmpruner prune`."""
-    documents = (data / "c4_sample_300.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
-    del documents[C4_JUDGED]
-    c4 = work / "c4.jsonl"
-    c4.write_text("".join(documents), encoding="utf-8")
+    c4 = c4_not_judged(data, work)
     text = {"C4": str(c4), "half of each": f"1*self,1*{c4}"}.get(row.text, "self")
     options = [*METHODS[row.method], "--ratio", str(row.ratio), "--calibration", text]
     options += ["--shape", row.shape] if row.shape else []
     options += ["--samples", str(row.samples)] if row.samples else []
     return tuple(options)
+
+
+def c4_not_judged(data: Path, work: Path) -> Path:
+    """A file in ``work`` with the documents of C4 that no divergence is measured on."""
+    documents = (data / "c4_sample_300.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+    del documents[C4_JUDGED]
+    file = work / "c4.jsonl"
+    file.write_text("".join(documents), encoding="utf-8")
+    return file
 
 
 @cache
