@@ -22,15 +22,16 @@ from .console import error_line
 
 
 def keep_freed_memory() -> None:
-    """Let glibc keep up to 256 MiB of freed memory for tensors, where the system would clear new pages for each."""
+    """Let glibc keep up to 1 GiB of freed memory for tensors, where the system would clear new pages for each. The
+    logits of a batch in recovery are some 200 MB."""
     if sys.platform != "linux":
         return
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # musl has none
     if mallopt is not None:
         trim_threshold, top_pad, mmap_threshold = -1, -2, -3  # in glibc's malloc.h
-        if not mallopt(mmap_threshold, 64 << 20):  # older versions take at most 32 MiB
+        if not mallopt(mmap_threshold, 1 << 30):  # older versions take at most 32 MiB
             mallopt(mmap_threshold, 32 << 20)
-        mallopt(trim_threshold, 256 << 20)
+        mallopt(trim_threshold, 1 << 30)
         mallopt(top_pad, 64 << 20)
 
 
