@@ -5,7 +5,7 @@ from statistics import fmean
 
 import pytest
 
-from benchmarks import criteria, gguf_sizes, quality, seeds, sizes, speed, support_matrix, vocabulary
+from benchmarks import choose, criteria, gguf_sizes, quality, seeds, sizes, speed, support_matrix, vocabulary
 from benchmarks.measure import marks
 
 DEMO = next(iter(quality.MODELS))
@@ -19,10 +19,11 @@ def test_a_page_shows_what_was_measured(name, module):
     assert module.PAGE.read_text(encoding="utf-8").partition(begin)[2].partition(end)[0].strip() == table
 
 
-def test_the_table_of_samples_is_that_of_the_rows():
-    begin, end = marks("samples")
-    page = seeds.PAGE.read_text(encoding="utf-8")
-    assert page.partition(begin)[2].partition(end)[0].strip() == seeds.table(seeds.read())
+@pytest.mark.parametrize("name, module", {"samples": seeds, "choose": choose}.items())
+def test_a_table_is_that_of_the_rows(name, module):
+    begin, end = marks(name)
+    page = module.PAGE.read_text(encoding="utf-8")
+    assert page.partition(begin)[2].partition(end)[0].strip() == module.table(module.read())
 
 
 def test_readme_says_what_fewer_samples_cost():
@@ -41,6 +42,7 @@ def test_written_pages_are_those_of_the_results():
         quality.read(quality.RESULTS), quality.read(quality.AGAIN)
     )
     assert quality.PICTURE.read_text(encoding="utf-8") == quality.picture(quality.read(quality.RESULTS))
+    assert choose.PICTURE.read_text(encoding="utf-8") == choose.picture(choose.read())
     assert support_matrix.PAGE.read_text(encoding="utf-8") == support_matrix.render(support_matrix.read())
 
 
