@@ -144,10 +144,10 @@ def table(rows: list[dict[str, Any]]) -> str:
 def picture(rows: list[dict[str, Any]]) -> str:
     """Of each model a panel, and below them what their lines are."""
     panels, labels = by_model(rows), []
-    for number, (base, label) in enumerate(LABELS.items()):
+    for number, base in enumerate(base for base in BASES if any(row["base"] == base for row in rows)):
         x = 56 + 165 * number
         labels.append(f'<circle cx="{x}" cy="308" r="4" fill="{COLOURS[base]}"/>')
-        labels.append(f'<text x="{x + 10}" y="312">{label}</text>')
+        labels.append(f'<text x="{x + 10}" y="312">{LABELS[base]}</text>')
     width = max(380 * len(panels), 740)
     return "\n".join(
         [
@@ -183,6 +183,8 @@ def panel(model: str, rows: list[dict[str, Any]], left: int) -> list[str]:
         parts.append(f'<text x="{left - 8}" y="{at}" text-anchor="end" fill="#666666">{y:.2f}</text>')
     for base, colour in COLOURS.items():
         line = [(*place(x, y), row["quant"]) for row, x, y in points if row["base"] == base]
+        if not line:
+            continue
         path = " ".join(f"{x},{y}" for x, y, _ in line)
         parts.append(f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="2"/>')
         parts += [f'<circle cx="{x}" cy="{y}" r="3.5" fill="{colour}"/>' for x, y, _ in line]
