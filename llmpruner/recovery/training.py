@@ -315,17 +315,15 @@ def _standard_error(changes: Sequence[float], counts: Sequence[int]) -> float:
 def filled_in(settings: RecoverSettings, rows: int, processes: int) -> RecoverSettings:
     """``settings`` with a batch size for a training on ``rows`` rows, where the user gave none.
 
-    Batches are halved from 64 down to 2 while there are fewer than 200 steps: many small steps restore more than a few
-    large ones. Raises `SettingsError` for batches that the processes of a run cannot share.
+    Batches are halved from 64 down to 2 while there are fewer than 200 steps, and are the smallest with ``minutes``:
+    many small steps restore more than a few large ones. Raises `SettingsError` for batches that the processes of a run
+    cannot share.
     """
     size = settings.batch_size
     if size is None:
         sizes = [size for size in (64, 32, 16, 8, 4, 2) if size % processes == 0] or [processes]
-        if settings.minutes is not None:
-            enough = (size for size in sizes if size <= settings.micro_batch_size)
-        else:
-            enough = (size for size in sizes if settings.max_steps or settings.epochs * math.ceil(rows / size) > 199)
-        size = next(enough, sizes[-1])
+        enough = (size for size in sizes if settings.max_steps or settings.epochs * math.ceil(rows / size) > 199)
+        size = sizes[-1] if settings.minutes is not None else next(enough, sizes[-1])
     if size % processes:
         raise SettingsError(f"--batch-size {size} cannot be shared by {processes} processes; give a multiple")
     return settings.model_copy(update={"batch_size": size})

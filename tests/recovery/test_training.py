@@ -188,7 +188,7 @@ def filled(rows=500, processes=1, **given):
 def test_batch_sizes_and_steps_follow_the_number_of_rows():
     assert {rows: filled(rows).batch_size for rows in (10, 500, 7000, 50_000)} == {10: 2, 500: 4, 7000: 64, 50_000: 64}
     assert planned_steps(filled(), 500) == 250
-    assert (filled(max_steps=5).batch_size, filled(minutes=5).batch_size) == (64, 4)
+    assert (filled(max_steps=5).batch_size, filled(minutes=5).batch_size) == (64, 2)
     with pytest.raises(SettingsError, match="--batch-size 64 cannot be shared by 3 processes"):
         filled(processes=3, batch_size=64)
 
