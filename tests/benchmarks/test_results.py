@@ -5,7 +5,7 @@ from statistics import fmean
 
 import pytest
 
-from benchmarks import choose, criteria, gguf_sizes, quality, seeds, sizes, speed, support_matrix, vocabulary
+from benchmarks import choose, criteria, gguf_sizes, quality, recovery, seeds, sizes, speed, support_matrix, vocabulary
 from benchmarks.measure import marks
 
 DEMO = next(iter(quality.MODELS))
@@ -19,7 +19,7 @@ def test_a_page_shows_what_was_measured(name, module):
     assert module.PAGE.read_text(encoding="utf-8").partition(begin)[2].partition(end)[0].strip() == table
 
 
-@pytest.mark.parametrize("name, module", {"samples": seeds, "choose": choose}.items())
+@pytest.mark.parametrize("name, module", {"samples": seeds, "choose": choose, "minutes": recovery}.items())
 def test_a_table_is_that_of_the_rows(name, module):
     begin, end = marks(name)
     page = module.PAGE.read_text(encoding="utf-8")
