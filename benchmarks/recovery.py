@@ -19,13 +19,13 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from .measure import as_json, data_folder, machine, run, write_table
-from .quality import COLUMNS, MODELS, ROOT, c4_not_judged, measured_on, version
-from .tasks import made
+from .measure import as_json, data_folder, machine, write_table
+from .quality import COLUMNS, MODELS, ROOT, measured_on, version
+from .tasks import CORPUS, made, recovered
 
 RESULTS = ROOT / "benchmarks" / "results" / "recovery.jsonl"
 PAGE = ROOT / "docs" / "how-to" / "recover.md"
-CORPUS, WRITTEN = "C4 and Alpaca", "self-written"
+WRITTEN = "self-written"
 
 
 def main() -> None:
@@ -56,19 +56,7 @@ def measured(model: str, text: str, minutes: int, work: Path) -> dict[str, Any]:
     path = made(model, "best", work)[0]
     about: dict[str, Any] = {}
     if minutes:
-        files = (c4_not_judged(data_folder(), work), data_folder() / "alpaca_en_1k.jsonl")
-        data = ",".join(map(str, files)) if text == CORPUS else "self"
-        start, path = path, str(work / f"best-{minutes}-minutes-{text.replace(' ', '-')}")
-        if not Path(path).is_dir():
-            options = ("--data", data, "--minutes", str(minutes), "--dtype", "float32")
-            # A recovery that was interrupted goes on.
-            run("recover", start, *options, "-o", path, timeout=36_000)
-        facts = json.loads((Path(path) / "run.json").read_text())
-        trained = json.loads((Path(path) / "llmpruner.json").read_text())["recovery"][-1]
-        about = {
-            "seconds": facts["seconds"], "peak_mib": round(facts["stages"][-1]["peak_bytes"] / 2**20),
-            "steps": len(trained["losses"]),
-        }  # fmt: skip
+        path, about = recovered(path, text, minutes, work)
     found = measured_on(str(MODELS[model]()), path, data_folder())
     return {
         "model": model, "text": text, "minutes": minutes, "commit": version(), "machine": machine(), **about,

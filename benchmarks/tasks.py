@@ -20,7 +20,7 @@ from statistics import fmean
 from typing import Any
 
 from .measure import as_json, data_folder, machine, run, write_table
-from .quality import MODELS, ROOT, Row, options_of, version
+from .quality import MODELS, ROOT, Row, c4_not_judged, options_of, version
 from .vocabulary import SAMPLES, counted_text
 
 RESULTS = ROOT / "benchmarks" / "results" / "tasks.jsonl"
@@ -28,7 +28,8 @@ PAGE = ROOT / "docs" / "quality-tasks.md"
 TASKS = {"boolq": "acc", "piqa": "acc_norm", "arc_easy": "acc_norm", "openbookqa": "acc_norm"}
 """Task → the metric that the paper's table has."""
 QUESTIONS = 1000
-MINUTES = 60
+MINUTES, CORPUS = 60, "C4 and Alpaca"
+"""Of recovery, and what it trains on."""
 PRUNED = {
     "LLM-Pruner": Row("", "llm-pruner", 0.2, "free", "C4"),
     "Wanda-sp": Row("", "Wanda-sp", 0.2, "uniform", "C4"),
@@ -84,14 +85,16 @@ def made(model: str, name: str, work: Path) -> tuple[str, dict[str, Any]]:
     dense, output = str(MODELS[model]()), str(work / name.replace(", ", "-").replace(" ", "-"))
     if name == "dense":
         return dense, {}
+    if name.endswith(RECOVERED):
+        start, before = made(model, name.removesuffix(RECOVERED), work)
+        path, training = recovered(start, CORPUS, MINUTES, work)
+        peak = max(before["peak_mib"], training["peak_mib"])
+        return path, {**before, "seconds": before["seconds"] + training["seconds"], "peak_mib": peak}
     facts = Path(f"{output}.json")
     if facts.is_file():
         return output, json.loads(facts.read_text())
     before: dict[str, Any] = {}
-    if name.endswith(RECOVERED):
-        start, before = made(model, name.removesuffix(RECOVERED), work)
-        done = run("recover", start, "--minutes", str(MINUTES), "--dtype", "float32", "-o", output, timeout=36_000)
-    elif name == TOKENS_TOO:
+    if name == TOKENS_TOO:
         _, best = made(model, "best", work)
         start, before = made(model, FEWER_TOKENS, work)
         done = pruned(start, "--method", "best", "--set", f"prune.target_params={best['parameters']}", "-o", output)
@@ -101,10 +104,27 @@ def made(model: str, name: str, work: Path) -> tuple[str, dict[str, Any]]:
     about = {
         "seconds": before.get("seconds", 0) + done["seconds"],
         "peak_mib": max(before.get("peak_mib", 0), done["peak_mib"]),
-        "parameters": done.get("parameters") or before["parameters"],
+        "parameters": done["parameters"],
     }
     facts.write_text(as_json(about))
     return output, about
+
+
+def recovered(start: str, text: str, minutes: int, work: Path) -> tuple[str, dict[str, Any]]:
+    """``start`` after recovery on `CORPUS` or else on self-written text, made unless it is there; and what it took."""
+    output = f"{start}-{minutes}-minutes-{text.replace(' ', '-')}"
+    if not Path(output).is_dir():
+        files = (c4_not_judged(data_folder(), work), data_folder() / "alpaca_en_1k.jsonl")
+        data = ",".join(map(str, files)) if text == CORPUS else "self"
+        options = ("--data", data, "--minutes", str(minutes), "--dtype", "float32")
+        # A recovery that was interrupted goes on.
+        run("recover", start, *options, "-o", output, timeout=36_000)
+    facts = json.loads((Path(output) / "run.json").read_text())
+    trained = json.loads((Path(output) / "llmpruner.json").read_text())["recovery"][-1]
+    return output, {
+        "seconds": facts["seconds"], "peak_mib": round(facts["stages"][-1]["peak_bytes"] / 2**20),
+        "steps": len(trained["losses"]),
+    }  # fmt: skip
 
 
 def pruned(*arguments: str) -> dict[str, Any]:
