@@ -42,7 +42,7 @@ class RecoverKeywords(TypedDict, total=False):
     data: str | Path
     strategy: str
     limit: int | None
-    learning_rate: float
+    learning_rate: float | None
     epochs: float
     max_steps: int | None
     minutes: float | None

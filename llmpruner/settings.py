@@ -171,8 +171,8 @@ class PruneSettings(Settings):
 
 
 class RecoverSettings(Settings):
-    """A training that restores quality after a cut; the passes over the data, the learning rate and the settings of
-    adapters are the paper's by default (LLM-Pruner, section 4.1)."""
+    """A training that restores quality after a cut; the passes over the data and the settings of adapters are the
+    paper's by default (LLM-Pruner, section 4.1)."""
 
     group: ClassVar[str] = "recover"
 
@@ -186,8 +186,9 @@ class RecoverSettings(Settings):
     alone; see `llmpruner plugins`."""
     limit: int | None = option(None, ge=1)
     """Number of examples to draw at random; all by default."""
-    learning_rate: float = option(1e-4, _TRAINING, gt=0)
-    """Peak learning rate."""
+    learning_rate: float | None = option(None, _TRAINING, gt=0)
+    """Peak learning rate. By default the paper's 1e-4 for LoRA adapters; for weights, 1/5000 of their typical size in
+    batches of 2 rows, more in larger ones."""
     epochs: float = option(2.0, _TRAINING, gt=0, le=100_000)
     """Passes over the data."""
     max_steps: int | None = option(None, _TRAINING, ge=1, le=10**9)
@@ -196,7 +197,7 @@ class RecoverSettings(Settings):
     """Time that the training may take, instead of --epochs: the learning rate falls with it. Generating the examples of
     --data self, loading and saving the model come on top."""
     batch_size: int | None = option(None, _TRAINING, ge=1, le=2**20)
-    """Rows per step. By default 64, halved down to 2 while --epochs give fewer than 200 steps; with --minutes 4."""
+    """Rows per step. By default 64, halved down to 2 while --epochs give fewer than 200 steps; with --minutes 2."""
     micro_batch_size: int = option(4, ge=1, advanced=True)
     """Rows in memory at once; gradients accumulate up to the batch size."""
     sharded: bool | None = option(None, advanced=True)

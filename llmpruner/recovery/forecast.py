@@ -23,6 +23,7 @@ from ..settings import LoadSettings
 from ..structure.coupling import layer_number
 from ..values import bytes_text
 from .data import RecoverySetup
+from .training import filled_in
 
 _BLOCKS = 8 * F32 << 22  # of logits in a loss, see `mean_over_tokens`
 _SAVED = 1.5  # numbers kept for the gradients, for each that a matrix reads or gives: norms, products, rotations
@@ -98,7 +99,9 @@ def estimate(setup: RecoverySetup, opened: Structure, dense: Structure | None, l
     held = loaded_bytes(opened, load) + trained * (4 * F32 - item)
     beside = setup.strategy.needs_dense and not setup.strategy.takes_predictions
     of_dense = loaded_bytes(dense, load) if dense is not None and beside else 0
-    tokens = settings.micro_batch_size * min(settings.cutoff, table_of(opened.config) or settings.cutoff)
+    # The number of rows is not known yet: as for many, whose batches are the largest.
+    rows = min(settings.micro_batch_size, filled_in(settings, 10**9, processes=1).batch_size or 1)
+    tokens = rows * min(settings.cutoff, table_of(opened.config) or settings.cutoff)
     widths, parts = [0] * graph.num_layers, [0] * (graph.num_layers + 1)
     for name, shape in graph.shapes.items():
         number = layer_number(name, graph.layers)

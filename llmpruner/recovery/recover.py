@@ -33,7 +33,7 @@ from .data import RecoverySetup, TrainingData, prepare, read_data
 from .dense import JOB_FILE, DenseModel
 from .forecast import forecast
 from .predictions import Predictions
-from .training import filled_in, latest_checkpoint, planned_steps
+from .training import filled_in, latest_checkpoint, planned_steps, with_rate
 
 
 def recover(
@@ -134,6 +134,8 @@ def train(
     check_ids(torch.tensor([max(max(row["input_ids"]) for row in (*data.rows, *data.validation))]), model)
     ranks = Ranks.current()
     settings = filled_in(setup.settings, len(data.rows), ranks.count)
+    settings = ranks.from_first(lambda: with_rate(settings, model, strategy.needs_peft))
+    progress.status(f"peak learning rate {settings.learning_rate:.1e}")
     about = {
         "strategy": strategy.name,
         "strategy_settings": strategy.record(),

@@ -7,6 +7,7 @@ import json
 import math
 import os
 import shutil
+import statistics
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
@@ -95,7 +96,7 @@ class _Training:
 
     def __init__(self, model: Any, job: RecoveryJob, loss: Loss, autocast: bool, widened: Mapping[Any, Any]) -> None:
         self.model, self.job, self.loss, self.widened, settings = model, job, loss, widened, job.settings
-        assert settings.batch_size is not None, "filled in"
+        assert settings.batch_size is not None and settings.learning_rate is not None, "filled in"
         self.steps, self.minutes = planned_steps(settings, len(job.examples)), settings.minutes
         self.trained, self.peak = self.steps * settings.batch_size, settings.learning_rate
         # Not accelerate's, which converts all logits to float32 and does not reach a second model in the loss.
@@ -327,6 +328,26 @@ def filled_in(settings: RecoverSettings, rows: int, processes: int) -> RecoverSe
     if size % processes:
         raise SettingsError(f"--batch-size {size} cannot be shared by {processes} processes; give a multiple")
     return settings.model_copy(update={"batch_size": size})
+
+
+def with_rate(settings: RecoverSettings, model: Any, adapters: bool) -> RecoverSettings:
+    """``settings`` with a peak learning rate, where the user gave none: the paper's 1e-4 for LoRA adapters (LLM-Pruner,
+    section 4.1); for weights, in batches of 2 rows, 1/5000 of the root mean square of a matrix, the median of them.
+
+    AdamW moves a weight by about the learning rate whatever its gradient, so that smaller weights need a lower one:
+    they are 0.19 in SmolLM2-135M and 0.016 in Qwen2.5-Coder-0.5B, which 1e-4 ruins. With the size of a batch it rises
+    by the square root, as the noise of a gradient falls (Malladi et al., 2022, "On the SDEs and Scaling Rules for
+    Adaptive Gradient Algorithms").
+    """
+    if settings.learning_rate is not None:
+        return settings
+    assert settings.batch_size is not None, "filled in"
+    rate = 1e-4
+    if not adapters:
+        matrices = [parameter.detach() for parameter in model.parameters() if parameter.ndim > 1]
+        sizes = [float(torch.linalg.vector_norm(m, dtype=torch.float32)) / math.sqrt(m.numel()) for m in matrices]
+        rate = float(f"{statistics.median(sizes) / 5000 * math.sqrt(settings.batch_size / 2):.1e}")
+    return settings.model_copy(update={"learning_rate": rate})
 
 
 def planned_steps(settings: RecoverSettings, rows: int) -> float:

@@ -22,7 +22,7 @@ from llmpruner.recovery.data import RecoverySetup, TrainingData
 from llmpruner.recovery.losses import next_token_loss
 from llmpruner.recovery.recover import train
 from llmpruner.recovery.strategies import DistilStrategy, FullStrategy, LoraStrategy, adapter_targets
-from llmpruner.recovery.training import filled_in, fit, latest_checkpoint, planned_steps
+from llmpruner.recovery.training import filled_in, fit, latest_checkpoint, planned_steps, with_rate
 from llmpruner.report.sections import first_and_last, loss_text
 from llmpruner.settings import RecoverSettings
 from llmpruner.structure.coupling import Blocks, CoupledGroup, Role, Span
@@ -191,6 +191,20 @@ def test_batch_sizes_and_steps_follow_the_number_of_rows():
     assert (filled(max_steps=5).batch_size, filled(minutes=5).batch_size) == (64, 2)
     with pytest.raises(SettingsError, match="--batch-size 64 cannot be shared by 3 processes"):
         filled(processes=3, batch_size=64)
+
+
+def test_the_learning_rate_follows_the_weights_and_the_batch():
+    model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 8), torch.nn.LayerNorm(8))
+    for parameter, size in zip(model.parameters(), (0.2, 9.0, 0.1, 9.0, 9.0, 9.0), strict=True):
+        torch.nn.init.constant_(parameter, -size)
+
+    def rate(adapters=False, **given):
+        return with_rate(filled(**given), model, adapters).learning_rate
+
+    assert (rate(batch_size=2), rate(batch_size=32)) == (3e-5, 1.2e-4)
+    assert (rate(adapters=True), rate(learning_rate=0.5)) == (1e-4, 0.5)
+    half = model.bfloat16()
+    assert with_rate(filled(batch_size=2), half, adapters=False).learning_rate == 3e-5
 
 
 def test_one_process_trains_on_the_device_of_the_model_alone(tmp_path, monkeypatch):
