@@ -56,3 +56,9 @@ def test_what_the_machine_does_not_have_is_refused_but_shards_need_a_part(chosen
     with pytest.raises(SettingsError, match=r"full needs .*; --strategy lora"):
         chosen(0, 1, total=held - 1)
     assert saved(chosen(0, 2, total=held)) == (2, True)
+
+
+def test_no_more_rows_are_counted_than_a_batch_has(chosen):
+    of_two = chosen(1 << 40, 1, micro_batch_size=2).memory
+    assert chosen(1 << 40, 1).memory > of_two
+    assert chosen(1 << 40, 1, minutes=5).memory == of_two == chosen(1 << 40, 1, batch_size=2).memory
