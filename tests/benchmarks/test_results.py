@@ -5,7 +5,19 @@ from statistics import fmean
 
 import pytest
 
-from benchmarks import choose, criteria, gguf_sizes, quality, recovery, seeds, sizes, speed, support_matrix, vocabulary
+from benchmarks import (
+    choose,
+    criteria,
+    gguf_sizes,
+    quality,
+    recovery,
+    seeds,
+    sizes,
+    speed,
+    support_matrix,
+    tasks,
+    vocabulary,
+)
 from benchmarks.measure import marks
 
 DEMO = next(iter(quality.MODELS))
@@ -19,7 +31,9 @@ def test_a_page_shows_what_was_measured(name, module):
     assert module.PAGE.read_text(encoding="utf-8").partition(begin)[2].partition(end)[0].strip() == table
 
 
-@pytest.mark.parametrize("name, module", {"samples": seeds, "choose": choose, "minutes": recovery}.items())
+@pytest.mark.parametrize(
+    "name, module", {"samples": seeds, "choose": choose, "minutes": recovery, "tasks": tasks}.items()
+)
 def test_a_table_is_that_of_the_rows(name, module):
     begin, end = marks(name)
     page = module.PAGE.read_text(encoding="utf-8")
@@ -34,6 +48,13 @@ def test_readme_says_what_fewer_samples_cost():
         for value in (lambda row: row["seconds"], lambda row: fmean(row["kl"].values()))
     )
     said = f"takes {time:.0%} of the time and is [{divergence - 1:.0%} further]".replace("%", " %")
+    assert said in " ".join((quality.ROOT / "README.md").read_text(encoding="utf-8").split())
+
+
+def test_readme_says_what_is_kept_on_tasks():
+    rows = {row["name"]: row for row in tasks.read() if "0.5B" in row["model"]}
+    recovered, best = (f"{tasks.kept(rows[name], rows['dense'], 'boolq'):.1%}" for name in ("best, recovered", "best"))
+    said = f"keeps {recovered} on PIQA, ARC-easy and OpenBookQA, and {best} before".replace("%", " %")
     assert said in " ".join((quality.ROOT / "README.md").read_text(encoding="utf-8").split())
 
 
