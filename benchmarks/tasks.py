@@ -140,7 +140,7 @@ def latin(work: Path) -> tuple[str, ...]:
 
 
 def kept(row: Mapping[str, Any], dense: Mapping[str, Any], without: str = "") -> float:
-    """The mean over the tasks, but one, of the share of the dense model's accuracy."""
+    """The mean over the tasks, but ``without``, of the share of the dense model's accuracy."""
     return fmean(row["tasks"][task][m] / dense["tasks"][task][m] for task, m in TASKS.items() if task != without)
 
 
@@ -149,8 +149,10 @@ def table(rows: list[dict[str, Any]]) -> str:
     lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for model in MODELS:
         of_model = {row["name"]: row for row in rows if row["model"] == model}
-        for name in (name for name in ROWS if name in of_model and "dense" in of_model):
-            row, dense = of_model[name], of_model["dense"]
+        if (dense := of_model.get("dense")) is None:
+            continue  # it is still to be measured
+        for name in (name for name in ROWS if name in of_model):
+            row = of_model[name]
             values = [(row["tasks"][task][m], row["tasks"][task][f"{m}_stderr"]) for task, m in TASKS.items()]
             cells = [model, name, *(f"{100 * value:.1f} ± {100 * error:.1f}" for value, error in values)]
             cells += [f"{100 * fmean(value for value, _ in values):.1f}", f"{kept(row, dense):.1%}"]
