@@ -53,11 +53,12 @@ def test_readme_says_what_fewer_samples_cost():
 
 def test_readme_says_what_is_kept_on_tasks():
     rows = {row["name"]: row for row in tasks.read() if "0.5B" in row["model"]}
-    names = ("best, recovered", "best", "Wanda-sp", "LLM-Pruner")
-    recovered, best, wanda, paper = (f"{tasks.kept(rows[name], rows['dense'], 'boolq'):.1%}" for name in names)
+    names = ("best, recovered", "best", "Wanda-sp", "LLM-Pruner", "best, fewer tokens")
+    recovered, best, wanda, paper, trimmed = (f"{tasks.kept(rows[name], rows['dense'], 'boolq'):.1%}" for name in names)
     readme = " ".join((quality.ROOT / "README.md").read_text(encoding="utf-8").split())
     before = f"`best` keeps {best}, Wanda-sp {wanda} and the paper's method {paper};"
-    for said in (f"keeps {recovered} on PIQA, ARC-easy", before):
+    tokens = f"fewer tokens and as many parameters, {trimmed}."
+    for said in (f"keeps {recovered} on PIQA, ARC-easy", before, tokens):
         assert said.replace("%", " %") in readme
 
 
