@@ -5,10 +5,10 @@
     python -m benchmarks.recovery --render
 
 Each row is one `llmpruner recover --minutes` of the same start (0 minutes), on text that the dense model writes or on
-documents of C4 and instructions, none of them judged; then the divergence from the dense model on the texts of
-`benchmarks.quality`, and answers to 40 instructions. Needs an idle machine. FOLDER keeps the models, the start is that
-of `benchmarks.tasks`, and ``results/recovery.jsonl`` the rows, so that an interrupted run goes on where it stopped. The
-table is written into ``docs/how-to/recover.md``.
+documents of C4 and instructions, none of them judged, of all weights or of LoRA adapters; then the divergence from the
+dense model on the texts of `benchmarks.quality`, and answers to 40 instructions. Needs an idle machine. FOLDER keeps
+the models, the start is that of `benchmarks.tasks`, and ``results/recovery.jsonl`` the rows, so that an interrupted run
+goes on where it stopped. The table is written into ``docs/how-to/recover.md``.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import Any
 
 from .measure import as_json, data_folder, machine, write_table
 from .quality import COLUMNS, MODELS, ROOT, measured_on, version
-from .tasks import CORPUS, made, recovered
+from .tasks import ADAPTERS, CORPUS, made, recovered
 
 RESULTS = ROOT / "benchmarks" / "results" / "recovery.jsonl"
 PAGE = ROOT / "docs" / "how-to" / "recover.md"
@@ -32,7 +32,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", nargs="?", type=Path, help="keeps the models")
     parser.add_argument("--model", choices=MODELS, default=next(iter(MODELS)))
-    parser.add_argument("--text", choices=(CORPUS, WRITTEN), default=CORPUS)
+    parser.add_argument("--text", choices=(CORPUS, ADAPTERS, WRITTEN), default=CORPUS)
     parser.add_argument("--minutes", nargs="*", type=int, default=[0, 15, 60, 180])
     parser.add_argument("--render", action="store_true", help="only write the table")
     options = parser.parse_args()

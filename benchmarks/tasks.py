@@ -30,6 +30,8 @@ TASKS = {"boolq": "acc", "piqa": "acc_norm", "arc_easy": "acc_norm", "openbookqa
 QUESTIONS = 1000
 MINUTES, CORPUS = 60, "C4 and Alpaca"
 """Of recovery, and what it trains on."""
+ADAPTERS, LORA = f"{CORPUS}, LoRA", ("--set", "distil.trains=lora", "--learning-rate", "3e-4")
+"""The same by adapters."""
 PRUNED = {
     "LLM-Pruner": Row("", "llm-pruner", 0.2, "free", "C4"),
     "Wanda-sp": Row("", "Wanda-sp", 0.2, "uniform", "C4"),
@@ -111,12 +113,12 @@ def made(model: str, name: str, work: Path) -> tuple[str, dict[str, Any]]:
 
 
 def recovered(start: str, text: str, minutes: int, work: Path) -> tuple[str, dict[str, Any]]:
-    """``start`` after recovery on `CORPUS` or else on self-written text, made unless it is there; and what it took."""
+    """``start`` after recovery on a corpus or on self-written text, made unless it is there; and what it took."""
     output = f"{start}-{minutes}-minutes-{text.replace(' ', '-')}"
     if not Path(output).is_dir():
         files = (c4_not_judged(data_folder(), work), data_folder() / "alpaca_en_1k.jsonl")
-        data = ",".join(map(str, files)) if text == CORPUS else "self"
-        options = ("--data", data, "--minutes", str(minutes), "--dtype", "float32")
+        data = ",".join(map(str, files)) if text in (CORPUS, ADAPTERS) else "self"
+        options = ("--data", data, "--minutes", str(minutes), "--dtype", "float32", *(LORA if text == ADAPTERS else ()))
         # A recovery that was interrupted goes on.
         run("recover", start, *options, "-o", output, timeout=36_000)
     facts = json.loads((Path(output) / "run.json").read_text())
