@@ -38,7 +38,8 @@ if TYPE_CHECKING:
 
 _LOG = logging.getLogger("llmpruner")
 
-_WITH_INFO = {"output_loading_info": True, "ignore_mismatched_sizes": True}
+# Without the hub's kernels, the default of transformers 5.25: they are downloaded binaries, for few kinds of devices.
+_LOADING = {"output_loading_info": True, "ignore_mismatched_sizes": True, "use_kernels": False}
 
 
 def load_model(structure: Structure, options: LoadSettings | None = None) -> Model:
@@ -71,7 +72,7 @@ def _read_model(structure: Structure, options: LoadSettings) -> PreTrainedModel:
     check_weights(reference.directory)
     placed = {} if reference.gguf_file else _placed(device)
     model, info = from_pretrained(
-        AutoModelForCausalLM, reference, dtype=dtype, trust_remote_code=trusted, **_WITH_INFO, **placed
+        AutoModelForCausalLM, reference, dtype=dtype, trust_remote_code=trusted, **_LOADING, **placed
     )
     check_loaded(reference.ref, model, info)
     if reference.gguf_file:
@@ -140,7 +141,7 @@ def _loaded(path: str | Path, trust_remote_code: bool, **options: Any) -> Any:
             if not trust_remote_code:
                 raise ValueError(f"{first_line(error)}; the checkpoint contains a copy: {ALLOW}") from error
             model_class = pruned_class(path)
-    return model_class.from_pretrained(str(path), trust_remote_code=trust_remote_code, **_WITH_INFO, **options)
+    return model_class.from_pretrained(str(path), trust_remote_code=trust_remote_code, **_LOADING, **options)
 
 
 def pruned_class(directory: str | Path) -> type[PreTrainedModel]:
