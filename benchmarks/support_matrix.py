@@ -75,6 +75,7 @@ def run(types: Iterable[str]) -> None:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore"}
 
     def examined(name: str) -> dict[str, Any]:
+        failed = {"type": name, "transformers": version("transformers")}
         code = f"import json; from benchmarks.support_matrix import examine; print(json.dumps(examine({name!r})))"
         try:
             done = subprocess.run(
@@ -82,9 +83,9 @@ def run(types: Iterable[str]) -> None:
                 check=False,
             )  # fmt: skip
         except subprocess.TimeoutExpired:
-            return {"type": name, "reason": f"not finished within {TIME_LIMIT} s"}
+            return {**failed, "reason": f"not finished within {TIME_LIMIT} s"}
         if done.returncode:
-            return {"type": name, "reason": f"the process ended with status {done.returncode}"}
+            return {**failed, "reason": f"the process ended with status {done.returncode}"}
         return {"type": name, **json.loads(done.stdout.splitlines()[-1])}
 
     with ThreadPoolExecutor(2) as pool, RESULTS.open("a", encoding="utf-8") as file:
@@ -105,7 +106,7 @@ def examine(model_type: str) -> dict[str, Any]:
     from llmpruner.models.family import AutoFamily
 
     logging.set_verbosity_error()
-    result: dict[str, Any] = {}
+    result: dict[str, Any] = {"transformers": version("transformers")}
     started = time.monotonic()
     try:
         small, graph = representative(CONFIG_MAPPING[model_type](**INCOMPLETE.get(model_type, {})), AutoFamily())
@@ -144,12 +145,13 @@ def render(results: Mapping[str, Mapping[str, Any]]) -> str:
         for name, r in runnable.items()
         if "verdicts" in r
     }
+    versions = sorted({r["transformers"] for r in results.values()})
     lines = [
         "# Support matrix",
         "",
         "<!-- Written by benchmarks/support_matrix.py; do not edit. -->",
         "",
-        f"All {len(results)} causal language model types of transformers {version('transformers')}: structure "
+        f"All {len(results)} causal language model types of transformers {' and '.join(versions)}: structure "
         "discovered by tracing, then verified on a small random instance: random uneven cuts must equal the silenced "
         f"model, also with a cache and after saving and loading. {len(results) - len(runnable)} types cannot be built "
         "or run on a CPU. Tokens (`vocabulary`) are not in the table; tests verify them for a dozen of these types. "

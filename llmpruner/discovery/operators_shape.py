@@ -20,7 +20,7 @@ from .propagate import FIXED, FREE, Ids, Origin, Propagation, Value, operator_na
 
 VIEWS = frozenset(
     ("select", "slice", "view", "transpose", "permute", "unsqueeze", "squeeze", "expand", "split", "unbind", "alias",
-     "getitem", "chunk", "split_with_sizes")
+     "getitem", "chunk", "split_with_sizes", "tensor_split")
 )  # fmt: skip
 """Operators whose result shares memory with their first argument."""
 
@@ -173,7 +173,7 @@ def _common_origin(parts: Sequence[Value]) -> Origin | None:
     return Origin.WEIGHT if all(p.origin is Origin.WEIGHT and p.offset == 0 for p in parts) else None
 
 
-@rule("slice", "split", "split_with_sizes", "chunk")
+@rule("slice", "split", "split_with_sizes", "tensor_split", "chunk")
 def part(run: Propagation, node: Node, value: Value, *args: Any) -> Any:
     """The operator itself, on a range of numbers, tells which positions each part has."""
     operator: Any = node.target
