@@ -76,6 +76,9 @@ def binary(run: Propagation, node: Node, *args: Any, **kwargs: Any) -> Any:
     name = _short(node)
     if not operands:
         return node.meta.get("val")  # arithmetic on sizes
+    for value in operands if name != "clamp" else ():
+        if value.selects is not None:
+            run.block(value.selects, "a choice is read as a number")
     if len(operands) == 1 or (len(operands) == 2 and any(v.ndim == 0 for v in operands)):
         return _with_scalar(run, name, args, operands)
     if name != operator_name(node.target):
@@ -83,8 +86,6 @@ def binary(run: Propagation, node: Node, *args: Any, **kwargs: Any) -> Any:
         pairs = [pair for value in operands[1:] for pair in zip(operands[0].axes[::-1], value.axes[::-1], strict=False)]
         for mine, theirs in (pair for pair in pairs if len(pair[0]) == len(pair[1])):
             run.block(theirs[mine < 0], "written into another tensor")
-    if name == "masked_fill" and operands[0].selects is not None:
-        run.block(operands[0].selects, "a choice is replaced by a fixed position")
     tag = _norm_step(run, name, operands)
     return Value(run.broadcast(operands), tag=tag)
 

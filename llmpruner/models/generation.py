@@ -184,12 +184,12 @@ def _in_one_line(model: PreTrainedModel) -> Iterator[None]:
 def cached_bytes(config: Any, item: int) -> int:
     """Bytes of a token's keys and values, of ``item`` bytes each; a layer's are copied when they grow, so one more."""
     config = config.get_text_config()
-    heads = _number(config, "num_attention_heads", 1)
-    width = _number(config, "head_dim", config.hidden_size // heads) * _number(config, "num_key_value_heads", heads)
+    heads = number_of(config, "num_attention_heads", 1)
+    width = number_of(config, "head_dim", config.hidden_size // heads) * number_of(config, "num_key_value_heads", heads)
     return int(2 * width * item * (config.num_hidden_layers + 1))
 
 
-def _number(config: Any, name: str, default: int) -> int:
+def number_of(config: Any, name: str, default: int) -> int:
     """A number of the configuration; ``default`` where it has none, or one for each layer."""
     try:
         value = getattr(config, name, None)

@@ -16,6 +16,7 @@ from torch.nn import functional
 from ..calibration.written import ANSWER_TOKENS, passages_at_once
 from ..engine.signals import GRADIENTS, Signal
 from ..models.devices import CPU, multiplies_bfloat16_fast, of_sums, synchronize
+from ..models.generation import number_of
 from ..models.model import Structure
 from .job import Job, PruneJob
 from .selection import GRADIENT_TOKENS
@@ -101,7 +102,7 @@ def measured(job: Job, structure: Structure, item: int, device: torch.device) ->
     for (out, width), count in every.items():
         rows = int(min(1024, out, width, max(64, _PRODUCT / (2 * out * width))))
         products += count * product(out, width, rows) / rows
-    hidden, heads = int(config.hidden_size), int(getattr(config, "num_attention_heads", 0) or 1)
+    hidden, heads = int(config.hidden_size), number_of(config, "num_attention_heads", 1) or 1
     length = job.calibration.length_for(structure.config) if job.calibration else 1
     query = like(1, heads, length, max(1, hidden // heads))
     attend = partial(functional.scaled_dot_product_attention, query, query, query, is_causal=True)

@@ -7,7 +7,15 @@ from dataclasses import replace
 import pytest
 import torch
 from composed import ComposedConfig
-from transformers import CONFIG_MAPPING, FalconH1Config, Glm4MoeConfig, GPT2Config, MambaConfig, ZayaConfig
+from transformers import (
+    CONFIG_MAPPING,
+    FalconH1Config,
+    Glm4MoeConfig,
+    GPT2Config,
+    LongcatFlashConfig,
+    MambaConfig,
+    ZayaConfig,
+)
 
 from llmpruner import Blocks, CoupledGroup, ModelFamily, Structure, UnsupportedModelError, api
 from llmpruner.discovery import cut as rules
@@ -178,10 +186,11 @@ def test_groups_of_experts_keep_the_same_number_each():
     assert "save and load" in verdict.checks
 
 
-def test_a_choice_that_may_be_a_fixed_position_is_not_offered():
-    graph = discover_graph(small_config(ZayaConfig()))
+@pytest.mark.parametrize("config", [ZayaConfig, LongcatFlashConfig])
+def test_a_choice_that_may_be_a_fixed_position_is_not_offered(config):
+    graph = discover_graph(small_config(config()))
     assert "expert" not in graph.kinds
-    assert any("replaced by a fixed position" in b.reason for b in graph.blocked)
+    assert any("a choice is read as a number" in b.reason for b in graph.blocked)
 
 
 @pytest.mark.parametrize("keeps", [range(20), range(5, 40, 3)], ids=["first", "spread"])
