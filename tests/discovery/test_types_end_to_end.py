@@ -81,7 +81,7 @@ def test_prune_save_load_generate_recover(name, method, tmp_path):
     loaded = load_pruned(tmp_path / "pruned", attn_implementation="eager")
     assert torch.allclose(logits(loaded, TOKENS), expected, atol=1e-4)
     if not (differs := why_no_generation(dense, TOKENS)):
-        # An indexer that picks two of the tokens meets equal scores (zeros) in some texts: with a cache, it picks others.
+        # An indexer that picks two of the tokens meets equal scores (zeros) in some texts; a cache changes its pick.
         texts = OTHERS if name.startswith("dots3_note") else [TOKENS]
         assert min(cached_difference(loaded, tokens) for tokens in texts) < 2e-4, differs
     found = run_fresh(PROBE, tmp_path / "pruned", tmp_path / "logits.pt")
