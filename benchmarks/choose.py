@@ -137,8 +137,12 @@ def table(rows: list[dict[str, Any]]) -> str:
             cells += [f"{row['speed'][str(b)][part]:.0f}" for b, part in speeds]
             lines.append(f"| {' | '.join(cells)} |")
     on = rows[0]["machine"]
-    about = f"{on['cpu']}, {on['cores']} cores; commit {', '.join(sorted({row['commit'] for row in rows}))}"
-    return "\n".join([*lines, "", f"{about}; `python -m benchmarks.choose`."])
+    commits = ", ".join(
+        f"{'/'.join(sorted({row['commit'] for row in of_model}))} ({model})"
+        for model, of_model in by_model(rows).items()
+    )
+    about = f"{on['cpu']}, {on['cores']} cores; commit {commits}; `python -m benchmarks.choose`."
+    return "\n".join([*lines, "", about])
 
 
 def picture(rows: list[dict[str, Any]]) -> str:
