@@ -32,6 +32,8 @@ MINUTES, CORPUS = 60, "C4 and Alpaca"
 """Of recovery, and what it trains on."""
 ADAPTERS, LORA = f"{CORPUS}, LoRA", ("--set", "distil.trains=lora", "--learning-rate", "3e-4")
 """The same by adapters."""
+LARGE = "Qwen2.5-Coder-1.5B-Instruct"
+"""Trained by adapters: all its weights, their gradients and their moments are more than 20 GiB."""
 PRUNED = {
     "LLM-Pruner": Row("", "llm-pruner", 0.2, "free", "C4"),
     "Wanda-sp": Row("", "Wanda-sp", 0.2, "uniform", "C4"),
@@ -89,7 +91,7 @@ def made(model: str, name: str, work: Path) -> tuple[str, dict[str, Any]]:
         return dense, {}
     if name.endswith(RECOVERED):
         start, before = made(model, name.removesuffix(RECOVERED), work)
-        path, training = recovered(start, CORPUS, MINUTES, work)
+        path, training = recovered(start, ADAPTERS if model == LARGE else CORPUS, MINUTES, work)
         peak = max(before["peak_mib"], training["peak_mib"])
         return path, {**before, "seconds": before["seconds"] + training["seconds"], "peak_mib": peak}
     facts = Path(f"{output}.json")
