@@ -33,7 +33,7 @@ MINUTES, CORPUS = 60, "C4 and Alpaca"
 ADAPTERS, LORA = f"{CORPUS}, LoRA", ("--set", "distil.trains=lora", "--learning-rate", "3e-4")
 """The same by adapters."""
 LARGE = "Qwen2.5-Coder-1.5B-Instruct"
-"""Trained by adapters: all its weights, their gradients and their moments are more than 20 GiB."""
+"""Trained by adapters: its weights, gradients and moments alone are 19 GiB."""
 PRUNED = {
     "LLM-Pruner": Row("", "llm-pruner", 0.2, "free", "C4"),
     "Wanda-sp": Row("", "Wanda-sp", 0.2, "uniform", "C4"),
