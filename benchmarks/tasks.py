@@ -73,6 +73,7 @@ def read() -> list[dict[str, Any]]:
 def measured(model: str, name: str, work: Path) -> dict[str, Any]:
     path, about = made(model, name, work)
     files, report = work / "tasks", work / "tasks.json"
+    report.unlink(missing_ok=True)  # of the row before
     subprocess.run([sys.executable, str(data_folder().parent / "mk_tasks.py"), str(files)], check=True)
     options = ("--limit", str(QUESTIONS), "--set", f"tasks.include_path={files}", "--dtype", "bfloat16")
     done = run("evaluate", path, "--tasks", ",".join(TASKS), *options, "--json", str(report), timeout=36_000)
